@@ -1,0 +1,1 @@
+"""Strict configuration: models, YAML loading, overrides, redaction."""

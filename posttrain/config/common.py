@@ -1,0 +1,332 @@
+"""Blocks of the pipeline grammar that all stages share, defined once. Names are TRL's or transformers' where they have one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config.base import REPORT_ONLY, ModelId, Name, PathStr, Positive, Share, Strict
+
+RowType = Literal["text", "prompt", "messages", "preference", "verifiable"]
+"""`text`: {text}; `prompt`: {prompt}; `messages`: {messages}; `preference`: {prompt, chosen, rejected};
+`verifiable`: {prompt, answer, ...columns}. A prompt is a string or a list of messages."""
+
+
+class ModelConfig(Strict):
+    """Where a model comes from and how it is held."""
+
+    id: ModelId
+    """Hub id `owner/name`, folder, GGUF file, peft folder, or `package:NAME/FILE`."""
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    """Full 40-hex commit; required for a hub id."""
+    offline: ModelId | None = None
+    """Used instead of `id` where no hub can be reached (`HF_HUB_OFFLINE=1`); the choice is printed and enters the key."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights' type in memory; `auto`: float32 on CPU, the checkpoint's own type on a GPU."""
+    attn: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention implementation, transformers' `attn_implementation`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+
+
+class SplitConfig(Strict):
+    """Shares held out by the hash of each row's prompt (or text); the same row is always in the same part."""
+
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share that may steer a run (stop, best, guard)."""
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share that is only reported."""
+
+    @model_validator(mode="after")
+    def _leaves_rows(self) -> SplitConfig:
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation + test = {self.validation + self.test:g} leaves nothing to train on; keep it below 1")
+        return self
+
+
+class SourceConfig(Strict):
+    """Rows that exist before the run: local shards or a hub dataset."""
+
+    kind: RowType
+    """Row type; every row is checked against it."""
+    path: PathStr | list[PathStr] | None = None
+    """File, folder or glob of shards: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt. Escape glob characters of a real name as `[[]`."""
+    hub: str | None = None
+    """Hub dataset id; `revision` is then required."""
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    """Full 40-hex commit of the hub dataset."""
+    hub_split: str = "train"
+    """Split of the hub dataset to read."""
+    config: str | None = None
+    """Configuration name of the hub dataset."""
+    columns: dict[str, str] = {}
+    """Rename on reading: our field -> their column, e.g. `{prompt: question, answer: solution}`."""
+    answer: str | None = None
+    """Short for `columns: {answer: NAME}` (verifiable rows)."""
+    split: SplitConfig = SplitConfig()
+    """Held-out shares; refer to them as `NAME:validation` and `NAME:test`."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """A row that cannot be read or is not of `kind`: stop the run, or skip and count it."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceConfig:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of `path` (local shards) and `hub` (hub dataset id)")
+        if self.hub and not self.revision:
+            raise ValueError("a hub dataset needs `revision`, a full 40-hex commit")
+        if self.answer and "answer" in self.columns:
+            raise ValueError("give `answer` or `columns.answer`, not both")
+        return self
+
+
+class InputItem(Strict):
+    """One part of a data mixture."""
+
+    from_: str = Field(alias="from")
+    """Source or stage, optionally with a part: `tasks`, `tasks:test`."""
+    share: Share | None = None
+    """Share of the mixture's rows; the parts' shares must sum to 1."""
+    repeat: Annotated[float, Field(gt=0)] | None = None
+    """How many times the rows are seen; 0.5 takes a hash-chosen half. Default 1."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> InputItem:
+        if self.share is not None and self.repeat is not None:
+            raise ValueError("give `share` or `repeat`, not both")
+        return self
+
+
+Input = str | list[InputItem | str]
+"""What a port takes: a name, or for data a list of names and `{from, share | repeat}`."""
+
+
+class DataConfig(Strict):
+    """How rows become token sequences."""
+
+    format: Literal["auto", "chat", "plain"] = "auto"
+    """`chat`: prompts are rendered by the chat template; `plain`: used as they are; `auto`: chat where the tokenizer has a template."""
+    template: PathStr | None = None
+    """Jinja chat template to set; only the first stage that holds the model may set it."""
+    max_length: Positive = 1024
+    """Longest sequence in tokens; longer ones are cut at the end (text) or dropped and counted (prompt alone too long)."""
+    packing: bool = False
+    """Fill sequences of `max_length` with several rows (SFT)."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Tokens that carry loss in rows with a prompt; text rows always carry loss everywhere."""
+    weights: Literal["ignore", "repeat", "loss"] = "ignore"
+    """Use of a selector's `weight` and `repeat` columns."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """A row that cannot be rendered: stop, or skip and count it."""
+
+
+class OptimConfig(Strict):
+    """Optimizer and schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    """Optimizer; `adamw` is torch's."""
+    lr: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "cosine"
+    """transformers' `lr_scheduler_type`."""
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    """Below 1: share of the steps; from 1: number of steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """First-moment decay."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Second-moment decay."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Global gradient-norm clip."""
+
+
+class BatchConfig(Strict):
+    """The *global* batch of one optimizer step; accumulation is derived from it and printed."""
+
+    rows: Positive | None = None
+    """Sequences (for GRPO: completions) per optimizer step, over all processes."""
+    tokens: Positive | None = None
+    """Tokens per optimizer step, over all processes; only with packing (sequences of equal length)."""
+    per_device: Positive = 8
+    """Sequences in one forward pass of one process."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> BatchConfig:
+        if self.rows is not None and self.tokens is not None:
+            raise ValueError("give `rows` or `tokens`, not both")
+        return self
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters (peft)."""
+
+    r: Positive = 16
+    """Rank."""
+    alpha: Positive = 32
+    """Scale numerator; the update is scaled by alpha / r."""
+    targets: str | list[str] = "all-linear"
+    """Module names, or `all-linear`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    on_input: Literal["merge", "continue"] = "merge"
+    """Given an adapter: merge it in float32 and start a new one, or train the same one on."""
+
+
+class CheckpointConfig(Strict):
+    """Resumable state during training."""
+
+    every: Annotated[Positive, REPORT_ONLY] = 100
+    """Optimizer steps between checkpoints."""
+    keep: Annotated[Positive, REPORT_ONLY] = 2
+    """Complete checkpoints kept; older ones are deleted only after a newer one is complete."""
+
+
+class EvalSet(Strict):
+    """One named set of rows and what to measure on it."""
+
+    from_: str = Field(alias="from")
+    """Source or stage with a part, e.g. `tasks:test`."""
+    metrics: list[Literal["loss", "perplexity", "accuracy", "pass@k"]] = ["loss"]
+    """`loss`, `perplexity`: held-out next-token loss; `accuracy`: verified greedy and sampled; `pass@k`: from `samples`."""
+    rows: Positive | None = None
+    """At most this many rows, chosen by hash."""
+    samples: Positive = 1
+    """Sampled completions a prompt for `accuracy` (sampled) and `pass@k`."""
+    max_tokens: Positive = 64
+    """Completion length limit."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature."""
+    reward: str = "exact"
+    """Reward that verifies a completion (1.0 = right)."""
+    max_length: Positive = 1024
+    """Tokens of a row used for the loss."""
+
+
+class EvalConfig(Strict):
+    """What is measured, and when."""
+
+    sets: dict[Name, EvalSet] = {}
+    """Named sets."""
+    when: list[Literal["before", "after"]] = ["before", "after"]
+    """Around each stage that makes or changes a model."""
+    batch: Positive = 64
+    """Sequences in one forward pass."""
+
+
+class StageEval(Strict):
+    """A stage's own choice of evaluation."""
+
+    sets: list[str] | None = None
+    """Names out of the pipeline's `eval.sets`; none given = all; `[]` = no evaluation."""
+    when: list[Literal["before", "after"]] | None = None
+    """Overrides the pipeline's `eval.when`."""
+    every: Annotated[Positive, REPORT_ONLY] | None = None
+    """Also evaluate the named validation sets every so many optimizer steps (trainers)."""
+
+
+class BestCommit(Strict):
+    """Commit the best checkpoint of the run instead of the last one."""
+
+    metric: str
+    """`SET.METRIC` of a validation set, e.g. `text-val.loss` or `tasks-val.accuracy`."""
+    every: Positive
+    """Optimizer steps between evaluations of that metric."""
+    mode: Literal["min", "max", "auto"] = "auto"
+    """`auto`: min for loss and perplexity, max otherwise."""
+
+
+class CommitConfig(Strict):
+    """Which weights a trainer commits."""
+
+    best: BestCommit | None = None
+    """Keep the best by a validation metric; none = the last step's weights."""
+
+
+class LaunchConfig(Strict):
+    """How the stage's process is started."""
+
+    with_: Literal["none", "accelerate", "torchrun"] = Field(default="none", alias="with")
+    """`none`: one plain process; CPU multi-process must use `torchrun`."""
+    config: PathStr | None = None
+    """accelerate config file."""
+    processes: Positive = 1
+    """World size; the child refuses to run with another one."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds a rank waits for rank 0 to plan."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LaunchConfig:
+        if self.with_ == "none" and self.processes > 1:
+            raise ValueError(f"processes: {self.processes} needs `with: torchrun` (CPU or GPU) or `with: accelerate` (GPU)")
+        if self.config and self.with_ != "accelerate":
+            raise ValueError("`config` is accelerate's; set `with: accelerate`")
+        return self
+
+
+class TrackingConfig(Strict):
+    """Where metrics go besides events.jsonl, which is always written."""
+
+    to: list[Literal["jsonl", "tensorboard", "wandb", "trackio"]] = ["jsonl"]
+    """Trackers."""
+    project: str | None = None
+    """Project name at the tracker; default is the run's name."""
+
+
+class LimitsConfig(Strict):
+    """Bounds that stop a run early and cleanly."""
+
+    disk_gb: Annotated[float, Field(gt=0)] | None = None
+    """Refuse to start a stage whose estimated output exceeds this many GB."""
+    wall_hours: Annotated[float, Field(gt=0)] | None = None
+    """Stop with exit code 75 after this many hours; running again goes on."""
+
+
+class StageConfig(Strict):
+    """Fields every stage has; a method's Config inherits from it and adds its own."""
+
+    name: Name
+    """Name of the stage, unique in the file; other stages refer to its output by it."""
+    method: str
+    """`sft`, `grpo`, `select.dsir`, `quantize.rtn`, ..."""
+    inputs: dict[str, Input] = Field(default={}, alias="in")
+    """Port -> source, stage, or mixture. `model` defaults to the newest model before the stage, else the pipeline's."""
+    seed: int | None = None
+    """Overrides the pipeline's seed for this stage."""
+    launch: Annotated[LaunchConfig, REPORT_ONLY] = LaunchConfig()
+    """How the process is started; does not change the result."""
+
+
+class TrainConfig(StageConfig):
+    """Fields every trainer has."""
+
+    data: DataConfig = DataConfig()
+    """Rows to tokens."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer."""
+    batch: BatchConfig = BatchConfig()
+    """Global batch."""
+    steps: Positive | None = None
+    """Optimizer steps; give `steps` or `epochs`."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the data."""
+    lora: LoraConfig | None = None
+    """Train an adapter instead of all weights."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Resumable state."""
+    commit: CommitConfig = CommitConfig()
+    """Last or best weights."""
+    eval: StageEval = StageEval()
+    """Evaluation around this stage."""
+    log_every: Annotated[Positive, REPORT_ONLY] = 10
+    """Optimizer steps between logged metrics."""
+    trl: dict[str, Any] = {}
+    """Fields of the installed TRL config, passed through; keys that posttrain owns are refused with a pointer."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of `steps` and `epochs`")
+        return self
