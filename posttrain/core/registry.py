@@ -126,10 +126,10 @@ def _package_files(package: str) -> list[tuple[str, Path]]:
     ]
 
 
-def scan_package(package: str) -> None:
-    """Imports the modules of `package` that declare a method."""
+def scan_package(package: str, marker: str = "@stage(") -> None:
+    """Imports the modules of `package` whose text contains `marker` (`@stage(` declares a method)."""
     for module, file in _package_files(package):
-        if "@stage(" in file.read_text(encoding="utf-8"):
+        if marker in file.read_text(encoding="utf-8"):
             importlib.import_module(module)
 
 

@@ -1,0 +1,30 @@
+"""Rewards: plain functions `f(completions, **columns) -> list[float | None]`, one file each.
+
+To add one, write a file here (or in a plugin package) with a function under `@reward("name")`; it can then be named in YAML.
+"""
+
+from posttrain.rewards.registry import (
+    Reward,
+    Scores,
+    completion_text,
+    count_failure,
+    failures,
+    find_reward,
+    get_reward,
+    known_rewards,
+    reward,
+    score,
+)
+
+__all__ = [
+    "Reward",
+    "Scores",
+    "completion_text",
+    "count_failure",
+    "failures",
+    "find_reward",
+    "get_reward",
+    "known_rewards",
+    "reward",
+    "score",
+]

@@ -1,0 +1,226 @@
+"""Rewards found by file name, and the one way to call them.
+
+A reward is a function with TRL's signature, `f(completions, **columns) -> list[float | None]`, declared by `@reward(name)`
+in one file of `posttrain/rewards`, of an installed `posttrain.methods` package, or of a `--plugin` package. TRL accepts it
+unmodified. None means *not applicable, or could not be judged*; a failure is never 0.0, since a 0.0 teaches the model that
+its answer was wrong. Failures are counted by reward and reason (`failures()`).
+
+Mixture: for row i with weights w_k and values r_ik the total is sum of w_k * r_ik over the rewards whose value is not None;
+it is None where all of them are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+from posttrain.core.registry import GROUP, plugins, scan_package
+from posttrain.errors import ConfigError, NumericsError, PosttrainError, RewardError
+
+RewardFunction = Callable[..., list[float | None]]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A registered reward.
+
+    Args:
+        name: as written in YAML.
+        function: `f(completions, **columns)`.
+        columns: dataset columns it cannot do without.
+        doc: its docstring.
+        module: where it is declared.
+    """
+
+    name: str
+    function: RewardFunction
+    columns: tuple[str, ...]
+    doc: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `score` returns.
+
+    Args:
+        total: weighted sum for each completion, None where no reward applied.
+        parts: values of each reward, by name.
+        failures: rows a reward failed on during this call, `{"name.reason": count}`.
+    """
+
+    total: list[float | None]
+    parts: dict[str, list[float | None]]
+    failures: dict[str, int] = field(default_factory=dict)
+
+
+_REWARDS: dict[str, Reward] = {}
+_FAILURES: Counter[str] = Counter()
+_LOCK = threading.Lock()
+
+
+def reward(name: str, *, columns: Sequence[str] = ()) -> Callable[[RewardFunction], RewardFunction]:
+    """Declares a reward under `name`; `columns` are the dataset columns it needs."""
+
+    def register(function: RewardFunction) -> RewardFunction:
+        known = _REWARDS.get(name)
+        if known and known.module != function.__module__:
+            raise ConfigError(f"reward `{name}` is declared twice, in {known.module} and {function.__module__}", fix="rename one of them")
+        _REWARDS[name] = Reward(name, function, tuple(columns), (function.__doc__ or "").strip(), function.__module__)
+        return function
+
+    return register
+
+
+@functools.cache
+def _scan(extra: tuple[str, ...]) -> None:
+    packages = ["posttrain.rewards", *(point.value for point in entry_points(group=GROUP)), *extra]
+    for package in dict.fromkeys(packages):
+        scan_package(package, marker="@reward(")
+
+
+def known_rewards() -> dict[str, Reward]:
+    """All rewards by name, sorted."""
+    _scan(plugins())
+    return dict(sorted(_REWARDS.items()))
+
+
+def find_reward(name: str) -> Reward:
+    """One reward with its declaration; raises ConfigError with the nearest name."""
+    found = known_rewards()
+    if name not in found:
+        near = difflib.get_close_matches(name, found, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"known rewards: {', '.join(found)}"
+        raise ConfigError(f"unknown reward `{name}`", fix=hint)
+    return found[name]
+
+
+def count_failure(name: str, reason: str, rows: int = 1) -> None:
+    """Counts rows that reward `name` could not judge; safe from any thread."""
+    with _LOCK:
+        _FAILURES[f"{name}.{reason}"] += rows
+
+
+def failures(*, reset: bool = False) -> dict[str, int]:
+    """`{"reward.reason": rows}` since the start of the process, or since the last reset."""
+    with _LOCK:
+        found = dict(_FAILURES)
+        if reset:
+            _FAILURES.clear()
+    return found
+
+
+def completion_text(completion: Any) -> str:
+    """Text of a completion: a string, or TRL's list of messages (the last one's content)."""
+    if isinstance(completion, str):
+        return completion
+    if isinstance(completion, Sequence) and completion and isinstance(completion[-1], Mapping):
+        return str(completion[-1].get("content") or "")
+    return str(completion)
+
+
+def _check_values(name: str, values: Any, expected: int) -> list[float | None]:
+    got = len(values) if isinstance(values, Sequence) and not isinstance(values, str) else type(values).__name__
+    if got != expected:
+        raise RewardError(
+            f"reward `{name}` returned the wrong number of values: expected {expected}, got {got}",
+            fix="return one float or None for each completion, in order",
+        )
+    out: list[float | None] = []
+    for row, value in enumerate(values):
+        try:
+            number = None if value is None else float(value)
+        except (TypeError, ValueError):
+            raise RewardError(f"reward `{name}` returned {value!r} for completion {row}: expected a float or None") from None
+        if number is not None and not math.isfinite(number):
+            raise NumericsError(f"reward `{name}` is {number} for completion {row}", fix="return None for a completion that cannot be scored")
+        out.append(number)
+    return out
+
+
+def _one_by_one(function: RewardFunction, name: str, completions: Sequence[Any], columns: Mapping[str, Any]) -> list[Any]:
+    values: list[Any] = []
+    error: Exception | None = None
+    failed = 0
+    for row, completion in enumerate(completions):
+        own = {key: [value[row]] if _is_column(value, len(completions)) else value for key, value in columns.items()}
+        try:
+            values.append(_check_values(name, function([completion], **own), 1)[0])
+        except PosttrainError:
+            raise
+        except Exception as problem:
+            failed, error = failed + 1, problem
+            values.append(None)
+    if failed == len(completions):
+        raise RewardError(f"reward `{name}` failed on all {failed} completions: {type(error).__name__}: {error}") from error
+    count_failure(name, "error", failed)
+    return values
+
+
+def _is_column(value: Any, rows: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == rows
+
+
+def _call(function: RewardFunction, name: str, completions: Sequence[Any], columns: Mapping[str, Any]) -> list[float | None]:
+    if not completions:
+        return []
+    try:
+        values = function(completions, **columns)
+    except PosttrainError:
+        raise
+    except Exception:
+        values = _one_by_one(function, name, completions, columns)
+    return _check_values(name, values, len(completions))
+
+
+def get_reward(name: str) -> RewardFunction:
+    """The reward as a checked function with TRL's signature; its `__name__` is `name`.
+
+    A row on which it raises becomes None and is counted; if every row raises, or the number of values is wrong, that is a
+    RewardError; a NaN or an infinite value is a NumericsError.
+    """
+    declared = find_reward(name)
+
+    @functools.wraps(declared.function)
+    def checked(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        missing = [column for column in declared.columns if columns.get(column) is None]
+        if missing and completions:
+            raise RewardError(
+                f"reward `{name}` needs the column `{missing[0]}`; the rows have: {', '.join(sorted(columns)) or 'none'}",
+                fix=f"map it with `columns: {{{missing[0]}: THEIR_NAME}}` in the source",
+            )
+        return _call(declared.function, name, completions, columns)
+
+    checked.__name__ = name
+    return checked
+
+
+def score(
+    rewards: str | Sequence[str] | Mapping[str, float], completions: Sequence[Any], columns: Mapping[str, Any] | None = None
+) -> Scores:
+    """Scores completions by a weighted mixture.
+
+    Args:
+        rewards: a name, names (weight 1 each), or name -> weight.
+        completions: texts, or lists of messages.
+        columns: dataset columns, one value a completion.
+
+    Returns:
+        Scores; see the module's formula.
+    """
+    weights = {rewards: 1.0} if isinstance(rewards, str) else dict(rewards) if isinstance(rewards, Mapping) else dict.fromkeys(rewards, 1.0)
+    before = Counter(failures())
+    parts = {name: get_reward(name)(completions, **dict(columns or {})) for name in weights}
+    total: list[float | None] = []
+    for row in range(len(completions)):
+        applied = [(weights[name], values[row]) for name, values in parts.items()]
+        present = [weight * value for weight, value in applied if value is not None]
+        total.append(sum(present) if present else None)
+    return Scores(total, parts, dict(Counter(failures()) - before))
