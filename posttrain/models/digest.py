@@ -1,0 +1,54 @@
+"""Content digests of models that exist before a run, for stage keys; no torch.
+
+The digest is taken over the (name, sha256 of the bytes) pairs of the files that decide what a model computes: weights,
+configs, tokenizer, template, remote code. README files, optimizer states and hidden files do not enter. A hub id needs
+no bytes: its full commit names the content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.core.artifact import InputRef
+from posttrain.core.hashing import digest_of, file_digest
+from posttrain.models.source import BASE_FILE, Source, read_base, resolve_model
+
+SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".py", ".gguf", ".tiktoken"})
+_SEEN: dict[tuple[str, int, int, int], str] = {}
+
+
+def model_digest(spec: InputRef | Mapping[str, Any] | str | Path | Source | Any) -> str:
+    """Digest of a model: `hub:ID@REVISION` for a hub id, else 64 hex digits.
+
+    Args:
+        spec: a ModelConfig or its dict, an InputRef, a path, or a Source.
+
+    Raises:
+        ArtifactError: the model is not there.
+    """
+    source = resolve_model(spec)
+    if source.digest:
+        return source.digest
+    if source.form == "hub":
+        return f"hub:{source.id}@{source.revision or 'main'}"
+    if source.form == "gguf":
+        return _remembered(source.path)
+    pairs = [(file.name, _remembered(file)) for file in model_files(source.path)]
+    if source.form == "adapter" and not (source.path / BASE_FILE).is_file():
+        pairs.append(("base", model_digest(read_base(source.path)[0])))
+    return digest_of(sorted(pairs))
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Files of a model folder that decide what the model computes, sorted by name."""
+    return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in SUFFIXES and not file.name.startswith("."))
+
+
+def _remembered(file: Path) -> str:
+    stat = file.stat()
+    key = (str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    if key not in _SEEN:
+        _SEEN[key] = file_digest(file)
+    return _SEEN[key]

@@ -1,0 +1,293 @@
+"""The one loader: any model source becomes a float transformers model with its tokenizer.
+
+A quantized checkpoint is dequantized on loading and a GGUF file too, so what is returned can be evaluated, trained and
+saved like any other. An adapter is merged into its base in float32 (or left attached, `merge=False`); bases may
+themselves be adapters. Weights that the checkpoint lacks are an error, never a fresh initialisation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from posttrain.core.artifact import InputRef
+from posttrain.errors import ArtifactError
+from posttrain.models.check import check_folder
+from posttrain.models.digest import model_digest
+from posttrain.models.source import ADAPTER_CONFIG, Source, offline, read_base, read_json, resolve_model
+
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+EXPECTED = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError)
+
+
+@dataclass
+class LoadedModel:
+    """A live model.
+
+    Args:
+        model: transformers model in eval mode (a PeftModel for an adapter with `merge=False`).
+        tokenizer: its tokenizer.
+        source: where it was read from.
+        base: base of an adapter; for every other form the source itself. `save_model(base=loaded.base)` after training
+            the same adapter on, `save_model(base=loaded.source)` after starting a new one.
+        kind: `model`, `adapter` or `quantized`: what the source is.
+        dtype: the checkpoint's own type, e.g. `bfloat16`.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: Source
+    base: Source
+    kind: str
+    dtype: str
+
+
+def load_model(
+    ref: InputRef | Mapping[str, Any] | str | Path | Source | Any,
+    *,
+    dtype: str = "auto",
+    attn: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    merge: bool = True,
+) -> LoadedModel:
+    """Loads a model and its tokenizer.
+
+    Args:
+        ref: InputRef, ModelConfig (or its dict), id, or path; an adapter's base is found by itself.
+        dtype: `auto` is float32 on a CPU and the checkpoint's own type on a GPU.
+        attn: transformers' `attn_implementation`; `auto` leaves the choice to transformers.
+        device: default is this process' GPU where there is one, else `cpu`.
+        trust_remote_code: run code that comes with the model.
+        merge: merge an adapter into its base; False returns a PeftModel whose adapter is trainable.
+
+    Raises:
+        ArtifactError: the source is unreachable, incomplete, damaged, of another size than its tokenizer, or lacks weights.
+    """
+    source = fetch(resolve_model(ref), trust_remote_code)
+    where = device or _default_device()
+    options = {"attn": attn, "trust": trust_remote_code}
+    own = checkpoint_dtype(source)
+    final = _torch_dtype(dtype, own, where)
+    model, base, kind = _load(source, final, merge, options)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    _same_size(model, tokenizer, source)
+    model = model.to(where) if where != "cpu" else model
+    return LoadedModel(model.eval(), tokenizer, source, base, kind, own)
+
+
+def _load(source: Source, dtype: Any, merge: bool, options: dict[str, Any]) -> tuple[Any, Source, str]:
+    import torch
+
+    if source.form == "adapter":
+        base = _checked_base(source)
+        model, _, _ = _load(base, torch.float32 if merge else dtype, True, options)
+        return (_merged(model, source, dtype) if merge else _attached(model, source)), base, "adapter"
+    if source.form == "gguf":
+        return _from_gguf(source, dtype, options), source, "model"
+    check_folder(source.path)
+    quantized = read_json(source.path / "config.json").get("quantization_config")
+    model = _from_folder(source, dtype, options, quantized)
+    return model, source, "quantized" if quantized else "model"
+
+
+def _merged(model: Any, source: Source, dtype: Any) -> Any:
+    from posttrain.models.merge import merge_adapter
+
+    return merge_adapter(model, source.path).to(dtype)
+
+
+def _attached(model: Any, source: Source) -> Any:
+    from posttrain.models.merge import attach_adapter
+
+    return attach_adapter(model, source.path, trainable=True)
+
+
+def _checked_base(adapter: Source) -> Source:
+    base, recorded = read_base(adapter.path)
+    found = model_digest(base)
+    if recorded and recorded != found:
+        raise ArtifactError(
+            f"the adapter was trained on another base: expected {recorded[:12]}, found {found[:12]} at {base.where}",
+            where=adapter.where,
+            fix="restore the base, or train the adapter again",
+        )
+    return fetch(base, False)
+
+
+def fetch(source: Source, trust_remote_code: bool = False) -> Source:
+    """A local Source: hub files are downloaded (or found in the local cache), everything else is returned as it is.
+
+    Raises:
+        ArtifactError: not reachable, not cached, no such repository or commit, or access refused.
+    """
+    if source.form != "hub":
+        return source
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
+    try:
+        folder = Path(snapshot_download(source.id, revision=source.revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=offline()))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ArtifactError("the model is not in the local hub cache and the hub cannot be asked", where=source.where, fix="unset HF_HUB_OFFLINE, or set `model.offline` to a local folder, GGUF file or package") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ArtifactError(f"the hub refused: {str(error).splitlines()[0]}", where=source.where, fix="check id and revision; a gated model needs `hf auth login`") from error
+    form = "adapter" if (folder / ADAPTER_CONFIG).is_file() else "folder"
+    return replace(source, form=form, path=folder, digest=model_digest(source))
+
+
+def checkpoint_dtype(source: Source) -> str:
+    """The type a checkpoint was saved in (`float32` where it does not say); an adapter answers for its base."""
+    if source.form == "gguf":
+        return "float32"
+    if source.form == "adapter":
+        base, _ = read_base(source.path)
+        return checkpoint_dtype(base) if base.form != "hub" else checkpoint_dtype(fetch(base))
+    config = read_json(source.path / "config.json")
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def load_tokenizer(ref: InputRef | Mapping[str, Any] | str | Path | Source | Any, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model source; an adapter without one takes its base's.
+
+    Raises:
+        ArtifactError: there is none, or it cannot be read.
+    """
+    source = fetch(resolve_model(ref), trust_remote_code)
+    if source.form == "gguf":
+        folder, extra = source.path.parent, {"gguf_file": source.path.name}
+    else:
+        folder, extra = source.path, {}
+        if source.form == "adapter" and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            return load_tokenizer(read_base(folder)[0], trust_remote_code=trust_remote_code)
+    try:
+        with _quiet():
+            return _tokenizer_class(folder).from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True, **extra)
+    except EXPECTED as error:
+        raise ArtifactError(f"the tokenizer cannot be read: {_first_line(error)}", where=source.where, fix="the model folder must hold tokenizer.json and tokenizer_config.json") from error
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """The generic class where the folder asks for it, else transformers' choice.
+
+    transformers 5 goes by `model_type` before `tokenizer_class`: beside a Qwen2 config it swaps the splitting rules of a
+    generic tokenizer.json for Qwen's and adds a token, so text would be cut another way than in training.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    config = folder / "tokenizer_config.json"
+    named = read_json(config).get("tokenizer_class") if config.is_file() else None
+    generic = named in {"TokenizersBackend", "PreTrainedTokenizerFast"} and (folder / "tokenizer.json").is_file()
+    return PreTrainedTokenizerFast if generic else AutoTokenizer
+
+
+def _from_folder(source: Source, dtype: Any, options: dict[str, Any], quantized: Mapping[str, Any] | None) -> Any:
+    extra = {"quantization_config": _dequantizing(quantized, source)} if quantized else {}
+    model, report = _pretrained(source, str(source.path), dtype, options, **extra)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ArtifactError(
+            f"the checkpoint lacks {len(missing)} weights, first {missing[0]}; they would be random", where=source.where, fix="copy the model folder again, whole; for a classifier or encoder give a causal language model"
+        )
+    return _plain(model) if quantized else model
+
+
+def _pretrained(source: Source, folder: str, dtype: Any, options: dict[str, Any], **extra: Any) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    if options["attn"] != "auto":
+        extra["attn_implementation"] = options["attn"]
+    try:
+        with _quiet():
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=options["trust"], local_files_only=True, output_loading_info=True, use_safetensors=None if "gguf_file" in extra else True, **extra
+            )
+    except EXPECTED as error:
+        raise ArtifactError(f"transformers cannot load it: {_first_line(error)}", where=source.where, fix="see the message; `--trust-remote-code` runs code that comes with a model") from error
+
+
+def _dequantizing(quantized: Mapping[str, Any], source: Source) -> Any:
+    method = quantized.get("quant_method")
+    if method != "compressed-tensors":
+        raise ArtifactError(f"cannot load a `{method}` checkpoint as a float model", where=source.where, fix="give the float checkpoint, or one in compressed-tensors format")
+    from transformers import CompressedTensorsConfig
+
+    return CompressedTensorsConfig(dequantize=True)
+
+
+def _plain(model: Any) -> Any:
+    """A dequantized model rebuilt as a model of its class without any trace of quantization, so that it can be saved."""
+    from transformers import AutoModelForCausalLM
+
+    settings = model.config.to_dict()
+    settings.pop("quantization_config", None)
+    config = type(model.config)(**settings)
+    config._attn_implementation = model.config._attn_implementation
+    wanted = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    state = model.state_dict()
+    wanted.load_state_dict({name: state[name] for name in wanted.state_dict()}, assign=False)
+    wanted.generation_config = model.generation_config
+    wanted.tie_weights()
+    return wanted
+
+
+def _from_gguf(source: Source, dtype: Any, options: dict[str, Any]) -> Any:
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ArtifactError("reading a GGUF file needs the package `gguf`", where=source.where, fix="pip install gguf") from None
+    model, report = _pretrained(source, str(source.path.parent), dtype, options, gguf_file=source.path.name)
+    missing = sorted(name for name in report["missing_keys"] if name != "lm_head.weight")
+    if missing:
+        raise ArtifactError(f"the GGUF file lacks {len(missing)} weights, first {missing[0]}", where=source.where, fix="download the file again")
+    return _plain(model)
+
+
+def _same_size(model: Any, tokenizer: Any, source: Source) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    top = max(tokenizer.get_vocab().values(), default=0)
+    if top >= rows:
+        raise ArtifactError(
+            f"the tokenizer knows token id {top}, the embedding has {rows} rows", where=source.where, fix="resize the model's embeddings and save it with its tokenizer, or give the tokenizer that belongs to it"
+        )
+
+
+def _torch_dtype(dtype: str, own: str, device: str) -> Any:
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return torch.float32 if device == "cpu" else getattr(torch, own)
+
+
+def _default_device() -> str:
+    import os
+
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
+
+
+@contextmanager
+def _quiet():
+    """Silences transformers' warnings and bars; what matters of them is raised as an error above."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
