@@ -1,0 +1,315 @@
+"""The only code that knows TRL's and transformers' trainers from inside, and so the only version-aware code.
+
+`Reliable` is mixed in before a TRL trainer and keeps TRL's own constructor:
+
+    class SFTTrainer(Reliable, trl.SFTTrainer): ...
+
+It adds what a long run needs and changes no number: complete checkpoints with their own rotation (`_checkpoint.py`), a
+stop before the update when a loss or gradient is not finite (`_guard.py`), a checkpoint and `Preempted` after SIGTERM
+or SIGINT, and events. Seams used, all checked by a contract test: `_save_checkpoint`, `_load_optimizer_and_scheduler`,
+`_load_from_checkpoint`, `_get_grad_norm`, `training_step`, `log`, `train`, `create_model_card`, TrainerCallback.
+
+Pickles: transformers writes `training_args.bin`, which is dropped here; optimizer, scheduler and generator states are
+read by torch with `weights_only=True`, and only from folders that carry our marker.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.errors import ArtifactError, Preempted, Problem
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+from transformers.trainer_utils import TrainOutput  # noqa: E402
+
+from posttrain.trainers._checkpoint import Checkpoint, clear, latest_complete, mark_complete, read_checkpoint, rotate  # noqa: E402
+from posttrain.trainers._guard import StopSignal, bad_gradients, caught_signals, numerics_error  # noqa: E402
+
+if TYPE_CHECKING:
+    from posttrain.core.events import Events
+
+TRAINING_ARGS = "training_args.bin"
+
+
+class RunEvents(TrainerCallback):
+    """Sends progress and metrics to `events`, tokens per second among them."""
+
+    def __init__(self, events: Events) -> None:
+        self.events = events
+        self._clock: tuple[float, float] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Starts the clock."""
+        self._clock = None
+        self.events.progress("train", state.global_step, state.max_steps, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One progress event a step, at most five a second."""
+        self.events.progress("train", state.global_step, state.max_steps, unit="step")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Metrics of the steps since the last log."""
+        values = dict(logs or {})
+        rate = self._tokens_per_s(values.get("num_tokens"))
+        if rate is not None:
+            values["tokens_per_s"] = rate
+        self.events.metrics(state.global_step, values)
+
+    def _tokens_per_s(self, tokens: float | None) -> float | None:
+        now, before = time.monotonic(), self._clock
+        if tokens is None:
+            return None
+        self._clock = (now, tokens)
+        return round((tokens - before[1]) / (now - before[0]), 1) if before and now > before[0] else None
+
+
+class _StopAtStepEnd(TrainerCallback):
+    """Turns a received signal, on any rank, into a checkpoint and the end of training on all ranks."""
+
+    def __init__(self, trainer: Reliable) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._trainer.stop_requested():
+            control.should_save = control.should_training_stop = True
+
+
+class SafeCheckpoint:
+    """Complete checkpoints: see `_checkpoint.py`. `save_total_limit` of the arguments becomes our own rotation."""
+
+    events: Events | None = None
+    keep_checkpoints: int | None = None
+    _saving = False
+
+    def own_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What the trainer keeps beyond transformers' state, by rank: JSON values and tensors."""
+        return {}, {}
+
+    def restore_own_state(self, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Takes back what `own_state` gave."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's model card, except inside a checkpoint, where TRL would write one at each save."""
+        if not self._saving:
+            super().create_model_card(*args, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
+        self._emit("begin", step)
+        if self.accelerator.is_main_process:
+            clear(folder)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self._write_own_state(folder)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            (folder / TRAINING_ARGS).unlink(missing_ok=True)
+            mark_complete(folder, step, self.accelerator.num_processes)
+            if self.keep_checkpoints:
+                rotate(folder.parent, self.keep_checkpoints, step)
+        self.accelerator.wait_for_everyone()
+        self._emit("end", step)
+
+    def _emit(self, state: str, step: int) -> None:
+        if self.events is not None:
+            self.events.emit("checkpoint", state=state, step=step)
+
+    def _own_file(self, folder: Path) -> Path:
+        return folder / f"own_state_{self.accelerator.process_index}.safetensors"
+
+    def _write_own_state(self, folder: Path) -> None:
+        values, tensors = self.own_state()
+        if not values and not tensors:
+            return
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, self._own_file(folder), metadata={"values": json.dumps(values, sort_keys=True)})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self._own_file(Path(checkpoint)).is_file():
+            return
+        with safe_open(self._own_file(Path(checkpoint)), framework="pt") as file:
+            tensors = {name: file.get_tensor(name).to(self.accelerator.device) for name in file.keys()}  # noqa: SIM118
+            self.restore_own_state(json.loads(file.metadata()["values"]), tensors)
+
+
+class NumericsGuard:
+    """Stops all ranks before the update when a loss or the gradient norm is not finite on any of them."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's step; the loss is remembered until the update."""
+        loss = super().training_step(*args, **kwargs)
+        self._window_losses = [*getattr(self, "_window_losses", []), loss.detach()]
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        losses, self._window_losses = torch.stack([loss.float().mean() for loss in self._window_losses]), []
+        norm_value = torch.as_tensor(norm, dtype=torch.float32, device=losses.device)
+        bad = torch.stack([(~losses.isfinite()).sum(), (~norm_value.isfinite()).sum()]).float()
+        if self.accelerator.num_processes > 1:
+            bad = self.accelerator.reduce(bad, reduction="sum")
+        bad_losses, bad_norms = bad.tolist()
+        if bad_losses or bad_norms:
+            self._stop_on_numerics(model, losses, norm_value, bool(bad_losses))
+        return norm
+
+    def _stop_on_numerics(self, model: torch.nn.Module, losses: torch.Tensor, norm: torch.Tensor, in_loss: bool) -> None:
+        step = self.state.global_step + 1
+        self.state.global_step = step
+        self.log({"loss": losses.sum().item(), "grad_norm": norm.item()})
+        self.state.global_step = step - 1
+        if in_loss:
+            here = losses[~losses.isfinite()]
+            tensor, value = "the loss", here[0].item() if len(here) else float("nan")
+        else:
+            names = ", ".join(bad_gradients(model)) or "an unnamed tensor"
+            tensor, value = f"the gradient norm (gradient of {names})", norm.item()
+        good = latest_complete(Path(self.args.output_dir))
+        raise numerics_error(tensor, value, step, good.path.name if good else None)
+
+
+class Reliable(SafeCheckpoint, NumericsGuard):
+    """Checkpoints, numerics, preemption and events for a TRL or transformers trainer; mix it in first.
+
+    Args:
+        events: where progress, metrics and checkpoint events go; None for nowhere.
+
+    All other arguments are the trainer's own.
+    """
+
+    def __init__(self, *args: Any, events: Events | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.events = events
+        self.keep_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
+        self.args.logging_nan_inf_filter = False
+        self._stop = StopSignal()
+        self.add_callback(_StopAtStepEnd(self))
+        if events is not None:
+            self.add_callback(RunEvents(events))
+
+    def stop_requested(self) -> bool:
+        """True on all ranks once any rank has received SIGTERM or SIGINT."""
+        flag = float(self._stop.received is not None)
+        if self.accelerator.num_processes == 1:
+            return bool(flag)
+        return bool(self.accelerator.reduce(torch.tensor(flag, device=self.accelerator.device), reduction="sum").item())
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """transformers' `train`, resuming only from complete checkpoints.
+
+        Args:
+            resume_from_checkpoint: True for the newest complete checkpoint in `args.output_dir` (from the start where
+                there is none), or a folder.
+
+        Raises:
+            ArtifactError: the named checkpoint is damaged, or was written by another number of processes.
+            NumericsError: a loss or gradient is not finite.
+            Preempted: SIGTERM or SIGINT came; a complete checkpoint of the last step is in `args.output_dir`.
+        """
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        if checkpoint is not None and 0 < self.args.max_steps <= checkpoint.step:
+            return self._take_finished(checkpoint)
+        with caught_signals(self._stop):
+            output = super().train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None, **kwargs)
+        if self._stop.received is not None or self.state.global_step < self.state.max_steps:
+            raise Preempted(
+                f"stopped by {self._stop.received or 'a signal on another rank'} after step {self.state.global_step} of {self.state.max_steps}",
+                where=self.args.output_dir,
+                fix="run the same command again; it goes on from this step",
+            )
+        return output
+
+    def _find_checkpoint(self, wanted: str | Path | bool | None) -> Checkpoint | None:
+        if not wanted:
+            return None
+        say = self.events.log if self.events is not None else None
+        found = latest_complete(Path(self.args.output_dir), say) if wanted is True else read_checkpoint(Path(wanted))
+        if found is not None and found.world_size != self.accelerator.num_processes:
+            raise ArtifactError(
+                f"the checkpoint was written by {found.world_size} processes, this run has {self.accelerator.num_processes}",
+                where=str(found.path),
+                fix=f"start it with {found.world_size} processes, or delete the checkpoints in {found.path.parent} to begin again",
+            )
+        return found
+
+    def _take_finished(self, checkpoint: Checkpoint) -> TrainOutput:
+        """Weights of a checkpoint at or past the last step; transformers would train on past `max_steps`."""
+        self._load_from_checkpoint(str(checkpoint.path))
+        self.state = type(self.state).load_from_json(str(checkpoint.path / "trainer_state.json"))
+        return TrainOutput(checkpoint.step, float("nan"), {})
+
+
+def policy_logps(trainer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Log-probabilities (B, T) of the completion tokens under the trainer's policy at its temperature, without gradient.
+
+    Args:
+        trainer: a GRPOTrainer.
+        batch: `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask` as `_generate_and_score_completions` gives them.
+    """
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    with torch.no_grad():
+        logps, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, batch["completion_ids"].size(1), batch_size=trainer.args.per_device_train_batch_size
+        )
+    return logps
+
+
+def check_trl_fields(trl: dict[str, Any], config_class: type, where: str, owned: dict[str, str] | None = None) -> list[Problem]:
+    """Problems of a `trl:` block against the installed TRL config class.
+
+    Args:
+        trl: the block.
+        config_class: `trl.SFTConfig`, `trl.GRPOConfig`, ...
+        where: dotted path of the block, e.g. `stages.sft.trl`.
+        owned: field -> the field of ours that sets it (`OWNED` of `_train` by default).
+    """
+    from posttrain.trainers._train import OWNED
+
+    owned = OWNED if owned is None else owned
+    known = {field.name: field.type for field in fields(config_class) if field.init}
+    problems = []
+    for key, value in trl.items():
+        path = f"{where}.{key}"
+        if key in owned:
+            problems.append(Problem(path, "posttrain sets this field itself", f"use {owned[key]}"))
+        elif key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            hint = f"did you mean `{near[0]}`?" if near else f"see the fields of {config_class.__name__} in the installed TRL"
+            problems.append(Problem(path, f"{config_class.__name__} has no field `{key}`", hint))
+        elif not _fits(value, str(known[key])):
+            problems.append(Problem(path, f"expected {known[key]}, got {value!r}"))
+    return problems
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a scalar fits a dataclass annotation; anything but bool, int, float and str is left to TRL."""
+    words = {word.strip() for word in annotation.replace("<class '", "").replace("'>", "").split("|")}
+    words = {word.removeprefix("Optional[").removesuffix("]") for word in words}
+    if not words <= {"bool", "int", "float", "str", "None"}:
+        return True
+    if value is None:
+        return "None" in words or "Optional" in annotation
+    if isinstance(value, bool):
+        return "bool" in words
+    if isinstance(value, int):
+        return bool(words & {"int", "float"})
+    return type(value).__name__ in words
