@@ -123,7 +123,7 @@ class _Builder:
     def __init__(self, file: str) -> None:
         self.file = file
         self.marks: dict[Path_, Mark] = {}
-        self.problems: list[Problem] = []
+        self.twice: list[tuple[Path_, int, int]] = []
         self.anchors: dict[str, tuple[Any, int]] = {}
         self.stack: list[_Open] = []
         self.root: Any = None
@@ -200,9 +200,7 @@ class _Builder:
             top.key = "<<"
             return
         if key in top.lines:
-            self.problems.append(
-                Problem(dotted((*top.path, key)), f"the key `{key}` stands twice in one block, on line {top.lines[key]} and on line {line}", "keep one")
-            )
+            self.twice.append(((*top.path, key), top.lines[key], line))
         top.lines.setdefault(key, line)
         top.key = key
 
@@ -291,8 +289,10 @@ def _build(text: str, file: str) -> _Builder:
         raise _syntax_error(file, text, error) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {getattr(error, 'reason', None) or 'unreadable character'}", where=file, fix="save the file as plain UTF-8 text") from None
-    if builder.problems:
-        raise ConfigError(problems=builder.problems, where=file)
+    if builder.twice:
+        text = "the key `{}` stands twice in one block, on line {} and on line {}"
+        problems = [Problem(dotted(p, builder.root), text.format(p[-1], a, b), "keep one") for p, a, b in builder.twice]
+        raise ConfigError(problems=problems, where=file)
     return builder
 
 
