@@ -62,10 +62,10 @@ def _number_in(text: str) -> str | None:
     return plain if re.fullmatch(r"[-+]?(\d{1,30}\.?\d{0,30}|\.\d{1,30})([eE][-+]?\d{1,2})?", plain) else None
 
 
-def _type_fix(kind: str, value: Any, mark: Mark | None, fields: str) -> str:
+def _type_fix(kind: str, value: Any, mark: Mark | None, fields: str, required: bool) -> str:
     raw = mark.raw if mark and mark.raw is not None else None
     if value is None and kind != "none_required":
-        return "give a value, or remove the key to use the default"
+        return "give a value" if required else "give a value, or remove the key to use the default"
     if kind == "string_type" and isinstance(value, bool | int | float):
         text = raw if raw is not None else ("true" if value is True else "false" if value is False else str(value)[:60])
         return f"quote it: '{text}'"
@@ -168,7 +168,9 @@ class _Translator:
         mark = mark_of(self.marks, (*self.prefix, *path))
         inner = [m for a in annotations_at(self.root, path) for m in models(a)]
         fields = ", ".join(known_fields(inner[0])) if inner and kind not in ("string_type", "list_type") else ""
-        return self.problem(path, f"expected {' or '.join(expected)}, got {self._got(path, value)}", _type_fix(kind, value, mark, fields))
+        field = field_at(self.root, path)
+        fix = _type_fix(kind, value, mark, fields, field is None or field.is_required())
+        return self.problem(path, f"expected {' or '.join(expected)}, got {self._got(path, value)}", fix)
 
     def _wrong_value(self, path: Path_, value: Any, error: dict[str, Any]) -> Problem:
         kind, ctx, got = error["type"], error.get("ctx", {}), self._got(path, value)

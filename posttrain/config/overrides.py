@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from posttrain.config.fields import nearest
-from posttrain.config.load import Path_, parse_value
+from posttrain.config.load import Path_, dotted, parse_value
 from posttrain.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ def locate(tree: dict[str, Any], item: str) -> tuple[Path_, Any]:
     path: list[str | int] = []
     value: Any = tree
     for part in key.split("."):
-        so_far = ".".join(str(p) for p in path)
+        so_far = dotted(tuple(path), tree)
         if not part:
             raise ConfigError(f"`{key}` has an empty part", where="override", fix="write e.g. stages.sft.optim.lr=1e-5")
         if isinstance(value, list):

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, SerializeAsAny, ValidationError
+from pydantic.fields import FieldInfo
 
-from posttrain.config.base import ReportOnly, Name, Strict, _expand_path
+from posttrain.config.base import Name, ReportOnly, Strict, _expand_model_id, _expand_path
 from posttrain.config.common import EvalConfig, LimitsConfig, ModelConfig, SourceConfig, StageConfig, TrackingConfig
-from posttrain.config.fields import nearest
+from posttrain.config.fields import field_at, nearest
 from posttrain.config.load import Mark, Path_, dotted, load_yaml, mark_of
 from posttrain.config.messages import describe, translate
 from posttrain.config.overrides import locate, put
+from posttrain.config.paths import expand_model_id, expand_path
 from posttrain.config.wiring import WiredStage, check_chain, data_ref, output_kind, wire
 from posttrain.core.registry import method, methods
 from posttrain.errors import ConfigError, Problem
@@ -150,13 +152,49 @@ def _with_line(problem: Problem, tree: dict[str, Any], marks: dict[Path_, Mark] 
     return Problem(problem.path, f"{problem.message} (line {mark.line})", problem.fix) if mark else problem
 
 
+def _anchor(root: type[BaseModel], at: Path_, value: Any) -> Any:
+    """An override's paths made absolute: on the command line, relative means relative to the current folder."""
+    if isinstance(value, dict):
+        return {k: _anchor(root, (*at, k), v) for k, v in value.items()}
+    field = field_at(root, at)
+    if isinstance(value, list):
+        inner = [_anchor(root, (*at, n), v) for n, v in enumerate(value)]
+        return [_absolute(field, v) for v in inner]
+    return _absolute(field, value)
+
+
+def _absolute(field: FieldInfo | None, value: Any) -> Any:
+    if field is None or not isinstance(value, str) or not value:
+        return value
+    try:
+        if _has_validator(field.annotation, field.metadata, _expand_path):
+            return expand_path(value, Path.cwd())
+        if _has_validator(field.annotation, field.metadata, _expand_model_id):
+            return expand_model_id(value, Path.cwd())
+    except ValueError:
+        return value
+    return value
+
+
+def _override(tree: dict[str, Any], item: str) -> Path_:
+    """Sets one override in `tree`; returns its path."""
+    at, value = locate(tree, item)
+    root, inner = Pipeline, at
+    if at[0] == "stages" and len(at) > 1:
+        stage = tree["stages"][at[1]] if isinstance(at[1], int) else None
+        found = _stage_class(stage, at[:2], tree) if isinstance(stage, dict) else None
+        root, inner = (found, at[2:]) if isinstance(found, type) else (StageConfig, at[2:])
+    put(tree, at, _anchor(root, inner, value) if inner else value)
+    return at
+
+
 def load_pipeline(path: str | Path, overrides: Iterable[str] = (), base: Path | None = None) -> Pipeline:
     """Reads and checks a pipeline file.
 
     Args:
         path: YAML file.
-        overrides: dotted, as `stages.sft.optim.lr=1e-5`.
-        base: folder of relative paths; default: the folder the file is in.
+        overrides: dotted, as `stages.sft.optim.lr=1e-5`; relative paths in them are relative to the current folder.
+        base: folder of relative paths in the file; default: the folder the file is in.
 
     Raises:
         ConfigError: holds every problem found.
@@ -164,8 +202,7 @@ def load_pipeline(path: str | Path, overrides: Iterable[str] = (), base: Path | 
     document = load_yaml(path)
     tree, marks = document.tree, dict(document.marks)
     for item in overrides:
-        at, value = locate(tree, item)
-        put(tree, at, value)
+        at = _override(tree, item)
         marks = {p: m for p, m in marks.items() if p[: len(at)] != at}
     folder = base if base is not None else Path(os.path.realpath(os.path.dirname(os.path.abspath(path))))
     return parse_pipeline(tree, folder, marks, str(path))
@@ -178,10 +215,10 @@ def _report_only(annotation: Any, metadata: Iterable[Any] = ()) -> bool:
     return any(_report_only(a, getattr(a, "__metadata__", ())) for a in args if a is not type(None))
 
 
-def _is_path(annotation: Any, metadata: Iterable[Any] = ()) -> bool:
-    if any(isinstance(m, AfterValidator) and m.func is _expand_path for m in metadata):
+def _has_validator(annotation: Any, metadata: Iterable[Any], function: Any) -> bool:
+    if any(isinstance(m, AfterValidator) and m.func is function for m in metadata):
         return True
-    return any(_is_path(a, getattr(a, "__metadata__", ())) for a in getattr(annotation, "__args__", ()))
+    return any(_has_validator(a, getattr(a, "__metadata__", ()), function) for a in getattr(annotation, "__args__", ()))
 
 
 def _content(value: Any) -> Any:
@@ -199,7 +236,7 @@ def _reduce(value: Any) -> Any:
         for name, field in type(value).model_fields.items():
             if not _report_only(field.annotation, field.metadata):
                 item = getattr(value, name)
-                out[field.alias or name] = _content(item) if _is_path(field.annotation, field.metadata) else _reduce(item)
+                out[field.alias or name] = _content(item) if _has_validator(field.annotation, field.metadata, _expand_path) else _reduce(item)
         return out
     if isinstance(value, dict):
         return {k: _reduce(v) for k, v in value.items()}
