@@ -1,0 +1,112 @@
+"""The Python door of selectors: local files in, a folder of picked rows out, no YAML and no run directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.budget import UNITS
+from posttrain.core.artifact import InputRef
+from posttrain.core.context import StageContext
+from posttrain.core.durable import disk_errors, fsync_tree
+from posttrain.core.events import Events
+from posttrain.errors import ConfigError, DataError, Problem
+
+Paths = str | Path | Iterable[str | Path]
+
+
+def row_type_of(paths: Paths) -> str:
+    """Row type of the first row behind the paths: messages, preference, verifiable, prompt or text.
+
+    Raises:
+        DataError: no rows, or none of the known columns.
+    """
+    from posttrain.data.shards import expand_shards, read_shard
+
+    for path in expand_shards(paths):
+        for number, row in read_shard(path, on_bad="skip"):
+            return _row_type(row, f"{path}:{number}")
+    raise DataError("no rows", where=str(paths), fix="give files with at least one row")
+
+
+def _row_type(row: dict[str, Any], where: str) -> str:
+    tests = (
+        ("messages", {"messages"}), ("preference", {"chosen", "rejected"}), ("verifiable", {"prompt", "answer"}),
+        ("prompt", {"prompt"}), ("text", {"text"}),
+    )
+    for kind, columns in tests:
+        if columns <= set(row):
+            return kind
+    raise DataError(f"no row type fits the columns {', '.join(row)}", where=where, fix="give `kind` and `columns`")
+
+
+def source_ref(port: str, paths: Paths, kind: str | None, columns: dict[str, str], on_bad: str) -> InputRef:
+    """A reference to local files as a stage would get it."""
+    from posttrain.data.dataset import source_digest
+
+    listed = [os.path.abspath(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+    spec = {"kind": kind or row_type_of(listed), "path": listed, "columns": columns, "on_bad": on_bad}
+    return InputRef(port, port, "source", "dataset", key=source_digest(spec), rows=spec["kind"], spec=spec)
+
+
+def make_config(method: str, options: dict[str, Any]) -> Any:
+    """The method's Config; `rows`, `tokens`, `bytes`, `share`, `on_short` go into `budget`.
+
+    Raises:
+        ConfigError: every unknown or wrong option.
+    """
+    from pydantic import ValidationError
+
+    from posttrain.core import registry
+
+    options = dict(options)
+    budget = {unit: options.pop(unit) for unit in (*UNITS, "on_short") if options.get(unit) is not None}
+    fields = {**options, **({"budget": budget} if budget else {}), "name": "select", "method": method}
+    try:
+        return registry.method(method).config.model_validate(fields)
+    except ValidationError as error:
+        problems = [Problem(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
+        raise ConfigError(problems=problems, where=method) from None
+
+
+def select_files(
+    method: str,
+    raw: Paths,
+    target: Paths,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    kind: str | None = None,
+    target_kind: str | None = None,
+    columns: dict[str, str] | None = None,
+    on_bad: str = "stop",
+    events: Events | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Runs a selector over local files; see `dsir.select` for the arguments.
+
+    The result appears under `out` at once and whole; `OUT.work` holds what a killed call had done and is removed at the end.
+    """
+    from posttrain.core import registry
+
+    out = Path(os.path.abspath(out))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("the output folder is not empty", where=str(out), fix="name a new folder, or delete it")
+    cfg = make_config(method, options)
+    work = out.with_name(f"{out.name}.work")
+    new = work / "out"
+    shutil.rmtree(new, ignore_errors=True)
+    refs = [source_ref("raw", raw, kind, columns or {}, on_bad), source_ref("target", target, target_kind, columns or {}, on_bad)]
+    with disk_errors(out):
+        new.mkdir(parents=True)
+        ctx = StageContext("select", method, seed, {ref.port: [ref] for ref in refs}, new, work, events or Events(None))
+        registry.method(method).run(cfg, ctx)
+        fsync_tree(new)
+        if out.exists():
+            out.rmdir()
+        os.replace(new, out)
+    shutil.rmtree(work, ignore_errors=True)
+    return ctx.summary

@@ -1,0 +1,364 @@
+"""The passes every selector shares: list shards, fit, score, pick, write; each resumable by shard.
+
+    list    inputs -> shards, frozen; their stamps and the config name the working folder, so nothing stale is reused
+    fit     each raw and each target shard -> arrays; all of them merged -> state            work/KEY/{raw,target}/*.safetensors
+    score   each raw shard -> a score table without text                                     work/KEY/scores/*.parquet
+    pick    score tables -> one cut through the order of all rows (`pick.find_cut`)           work/KEY/cut.json
+    write   each raw shard -> its picked rows; all of them, in input order -> the dataset     work/KEY/picked/*.jsonl
+
+A selector is a module of functions (see `Selector`); it never sees shards, files or processes. Memory holds one batch of
+rows and one shard's score columns, whatever the corpus. Workers only change who does a shard, never what comes out:
+parts are merged in shard order, and their sums are integers.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_pipelines.budget import Budget
+from data_pipelines.parts import load_arrays, new_part, save_arrays
+from data_pipelines.pick import Cut, Keys, cut_from_json, cut_to_json, find_cut, picked, rank_of, row_uid
+from data_pipelines.shards import Shard, list_shards, shard_rows
+from posttrain.core.context import StageContext
+from posttrain.core.durable import write_json
+from posttrain.core.hashing import digest_of
+from posttrain.errors import DataError, PosttrainError
+
+Row = dict[str, Any]
+Arrays = dict[str, np.ndarray]
+
+BATCH_ROWS = 1024
+BATCH_CHARS = 1 << 22
+SCORE_ROWS = 1 << 16
+
+
+class Selector(Protocol):
+    """What a selector's module defines. Rows are normalised dicts; arrays are numpy; nothing else is shared."""
+
+    def fit_shard(self, rows: Iterable[Row], cfg: Any, role: str) -> Arrays:
+        """One shard's sufficient statistics, in one pass over its rows; `role` is raw, target or picked."""
+
+    def merge(self, raw: Iterable[Arrays], target: Iterable[Arrays], cfg: Any) -> Arrays:
+        """The state, from the shards' statistics in shard order (loaded one at a time)."""
+
+    def score(self, rows: list[Row], state: Arrays, cfg: Any) -> dict[str, np.ndarray]:
+        """Columns of a batch: `score` float64, `words` and `bytes` int64, `reason` ("" = eligible), and any others."""
+
+    def order(self, columns: dict[str, np.ndarray], cfg: Any, seed: int) -> np.ndarray:
+        """float64 key of scored rows, higher is picked first; `columns` adds `uid` uint64 to what `score` gave."""
+
+    def report(self, state: Arrays, picked: Iterable[Arrays], cfg: Any) -> dict[str, Any]:
+        """Facts for the summary, from the statistics of the picked rows by shard."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs; picklable."""
+
+    selector: str
+    config: Any
+    seed: int
+    folder: Path
+    heldout: frozenset[str]
+
+    @property
+    def methods(self) -> Any:
+        """The selector's module."""
+        return importlib.import_module(self.selector)
+
+    def part(self, step: str, shard: Shard) -> Path:
+        """Name of a shard's part."""
+        suffix = {"scores": ".parquet", "picked": ".jsonl"}.get(step, ".safetensors")
+        return self.folder / step / f"{shard.index:06d}{suffix}"
+
+    def done(self, step: str, shard: Shard) -> bool:
+        """The shard's part (for picked rows also their statistics) is there."""
+        steps = ("picked", "statistics") if step == "picked" else (step,)
+        return all(self.part(name, shard).exists() for name in steps)
+
+
+def run_selector(selector: str, cfg: Any, ctx: StageContext) -> None:
+    """Runs all passes and writes `ctx.out`: rows-*, scores-*.parquet, state.safetensors, state.json.
+
+    Args:
+        selector: name of the module with the `Selector` functions.
+        cfg: its config, with `budget` and `workers`.
+        ctx: the stage; ports `raw` and `target`.
+
+    Raises:
+        DataError: no rows, no target text, nothing eligible, or a budget too small for the best row.
+    """
+    from posttrain.data.dataset import heldout_keys
+
+    raw = list_shards(ctx.refs("raw"), f"stages.{ctx.name}.in.raw")
+    target = list_shards(ctx.refs("target"), f"stages.{ctx.name}.in.target")
+    heldout = heldout_keys(ctx)
+    semantic = {name: value for name, value in cfg.dump().items() if name not in ("name", "workers", "in", "launch")}
+    key = digest_of([selector, semantic, ctx.seed, [s.stamp() for s in raw], [s.stamp() for s in target], sorted(heldout)])
+    job = Job(selector, cfg, ctx.seed, ctx.work / key[:16], heldout)
+    with _pool(cfg.workers) as pool:
+        state = _fit(job, raw, target, pool, ctx)
+        _each(_score_shard, job, "scores", raw, pool, ctx)
+        counts = _reconcile(job, raw, ctx)
+        cut = _pick(job, raw, cfg.budget, counts, ctx)
+        _each(_write_shard, job, "picked", raw, pool, ctx)
+    _finish(job, raw, state, cut, ctx)
+
+
+def _pool(workers: int) -> Any:
+    if workers == 1:
+        import contextlib
+
+        return contextlib.nullcontext()
+    return concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _each(task: Callable[[Job, str, Shard], None], job: Job, step: str, shards: list[Shard], pool: Any, ctx: StageContext) -> None:
+    """Does the shards that have no part yet."""
+    todo = [shard for shard in shards if not job.done(step, shard)]
+    done = len(shards) - len(todo)
+    if done and todo:
+        ctx.events.log(f"{step}: {done} of {len(shards)} shards were done before")
+    for _ in _results(task, job, step, todo, pool):
+        done += 1
+        ctx.events.progress(step, done, len(shards), "shards")
+
+
+def _results(task: Callable[[Job, str, Shard], None], job: Job, step: str, todo: list[Shard], pool: Any) -> Iterator[None]:
+    if pool is None:
+        for shard in todo:
+            yield task(job, step, shard)
+        return
+    futures = [pool.submit(task, job, step, shard) for shard in todo]
+    try:
+        for future in concurrent.futures.as_completed(futures):
+            yield future.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        fix = "run again with fewer `workers`; finished shards are kept"
+        raise PosttrainError("a worker process was killed, most often for lack of memory", where=step, fix=fix) from None
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _fit(job: Job, raw: list[Shard], target: list[Shard], pool: Any, ctx: StageContext) -> Arrays:
+    path = job.folder / "state.safetensors"
+    if not path.exists():
+        _each(_fit_shard, job, "target", target, pool, ctx)
+        _each(_fit_shard, job, "raw", raw, pool, ctx)
+        try:
+            save_arrays(path, job.methods.merge(_stored(job, "raw", raw), _stored(job, "target", target), job.config))
+        except DataError as error:
+            places = ", ".join(f"{role}: {shards[0].path or shards[0].label}" for role, shards in (("target", target), ("raw", raw)))
+            raise DataError(error.message, where=f"stages.{ctx.name}.in ({places})", fix=error.fix) from None
+    return load_arrays(path)
+
+
+def _stored(job: Job, step: str, shards: list[Shard]) -> Iterator[Arrays]:
+    for shard in shards:
+        yield load_arrays(job.part(step, shard))
+
+
+def _fit_shard(job: Job, step: str, shard: Shard) -> None:
+    rows = (row for _, row in shard_rows(shard, job.heldout))
+    save_arrays(job.part(step, shard), job.methods.fit_shard(rows, job.config, step))
+
+
+def row_batches(rows: Iterable[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
+    """Lists of at most BATCH_ROWS rows and about BATCH_CHARS characters."""
+    from posttrain.data.rows import row_text
+
+    held: list[tuple[int, Row]] = []
+    size = 0
+    for number, row in rows:
+        held.append((number, row))
+        size += len(row_text(row))
+        if len(held) >= BATCH_ROWS or size >= BATCH_CHARS:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+def _score_shard(job: Job, step: str, shard: Shard) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    state = load_arrays(job.folder / "state.safetensors")
+    tally: Counter[str] = Counter()
+    held = [_score_table(job, shard, [], state)]
+    with new_part(job.part(step, shard)) as path, pq.ParquetWriter(path, held[0].schema, compression="zstd") as writer:
+        for batch in row_batches(shard_rows(shard, job.heldout, tally)):
+            held.append(_score_table(job, shard, batch, state))
+            if sum(table.num_rows for table in held) >= SCORE_ROWS:
+                writer.write_table(pa.concat_tables(held))
+                held = held[:1]
+        writer.write_table(pa.concat_tables(held))
+        writer.add_key_value_metadata({"left_out": json.dumps(dict(sorted(tally.items())))})
+
+
+def _score_table(job: Job, shard: Shard, batch: list[tuple[int, Row]], state: Arrays) -> Any:
+    import pyarrow as pa
+
+    rows = [row for _, row in batch]
+    columns = job.methods.score(rows, state, job.config)
+    reason = np.where(np.isfinite(columns["score"]) | (columns["reason"] != ""), columns["reason"], "score not finite")
+    where = [f"{shard.label}"] * len(rows)
+    return pa.table(
+        {
+            "id": pa.array([row["id"] for row in rows], pa.string()),
+            "source": pa.array([shard.ref.label] * len(rows), pa.string()).dictionary_encode(),
+            "shard": pa.array(where, pa.string()).dictionary_encode(),
+            "row": pa.array([number for number, _ in batch], pa.int64()),
+            "uid": pa.array([row_uid(row["id"]) for row in rows], pa.uint64()),
+            **{name: pa.array(value) for name, value in columns.items() if name != "reason"},
+            "reason": pa.array(list(reason), pa.string()).dictionary_encode(),
+        }
+    )
+
+
+def _columns(path: Path) -> Iterator[dict[str, np.ndarray]]:
+    """Eligible rows' score columns without the text ones, in batches of a bounded number of rows."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    names = [name for name in file.schema_arrow.names if name not in ("id", "source", "shard")]
+    for batch in file.iter_batches(SCORE_ROWS, columns=names):
+        table = pa.Table.from_batches([batch])
+        table = table.filter(pc.equal(pc.cast(table["reason"], "string"), "")).drop_columns("reason")
+        yield {name: table[name].to_numpy() for name in table.column_names}
+
+
+def _reconcile(job: Job, shards: list[Shard], ctx: StageContext) -> Counter[str]:
+    """Rows by what became of them; says why rows cannot be picked before anything is picked."""
+    import pyarrow.parquet as pq
+
+    counts: Counter[str] = Counter()
+    left: Counter[str] = Counter()
+    for shard in shards:
+        file = pq.ParquetFile(job.part("scores", shard))
+        left.update(json.loads(file.metadata.metadata[b"left_out"]))
+        counts.update(file.read(["reason"])["reason"].to_pylist())
+    rows, bad = counts.total(), sum(n for name, n in left.items() if name.startswith("bad: "))
+    reasons = {name: n for name, n in sorted(counts.items()) if name}
+    ctx.summary.update(rows_in=rows, excluded_heldout=left["held out"], skipped=bad, eligible=counts[""], not_eligible=reasons)
+    if not rows:
+        raise DataError("no raw rows to select from", where=f"stages.{ctx.name}.in.raw", fix=_left_out(left))
+    if not counts[""]:
+        raise DataError(f"none of {rows} rows is eligible: {_spelled(reasons)}", where=f"stages.{ctx.name}", fix="lower the length limits")
+    return counts
+
+
+def _spelled(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in reasons.items())
+
+
+def _left_out(left: Counter[str]) -> str:
+    return f"left out before scoring: {_spelled(dict(left))}" if left else "the shards are empty"
+
+
+def _keys(job: Job, shards: list[Shard], unit: str) -> Iterator[tuple[Keys, dict[str, np.ndarray]]]:
+    """Keys of all eligible rows, weighed in `unit`, with the columns they come from."""
+    for shard in shards:
+        for columns in _columns(job.part("scores", shard)):
+            key = job.methods.order(columns, job.config, job.seed)
+            weight = {"tokens": columns["words"], "bytes": columns["bytes"]}.get(unit, np.ones(len(key), np.int64))
+            yield Keys(rank_of(key), columns["uid"], shard.index, columns["row"], weight), columns
+
+
+def _pick(job: Job, shards: list[Shard], budget: Budget, counts: Counter[str], ctx: StageContext) -> Cut:
+    path = job.folder / "cut.json"
+    asked = budget.amount(counts.total())
+    if not path.exists():
+        write_json(path, cut_to_json(find_cut(lambda: (keys for keys, _ in _keys(job, shards, budget.unit)), asked)))
+    cut = cut_from_json(json.loads(path.read_text(encoding="utf-8")))
+    unit = "rows" if budget.unit == "share" else budget.unit
+    if not cut.rows:
+        raise DataError(f"the best row alone exceeds the budget of {asked} {unit}", where=f"stages.{ctx.name}.budget", fix="raise the budget")
+    if cut.last is None and cut.eligible_weight < asked:
+        _short(asked, unit, cut, budget, ctx)
+    return cut
+
+
+def _short(asked: int, unit: str, cut: Cut, budget: Budget, ctx: StageContext) -> None:
+    reasons = ctx.summary["not_eligible"]
+    why = f" ({_spelled(reasons)})" if reasons else ""
+    message = f"asked for {asked} {unit}, only {cut.eligible_weight} are eligible of {ctx.summary['rows_in']} rows{why}"
+    if budget.on_short == "stop":
+        raise DataError(message, where=f"stages.{ctx.name}.budget", fix="lower the budget or give more raw rows")
+    ctx.summary["short"] = message
+    ctx.events.warn(f"budget: {message}; taking them all, none twice")
+
+
+def _write_shard(job: Job, step: str, shard: Shard) -> None:
+    cut = cut_from_json(json.loads((job.folder / "cut.json").read_text(encoding="utf-8")))
+    score: dict[int, float] = {}
+    for keys, columns in _keys(job, [shard], "rows"):
+        mask = picked(keys, cut)
+        score.update(zip(keys.row[mask].tolist(), columns["score"][mask].tolist(), strict=True))
+    with new_part(job.part(step, shard)) as path, open(path, "wb") as file:
+        save_arrays(job.part("statistics", shard), job.methods.fit_shard(_picked_rows(job, shard, score, file), job.config, step))
+
+
+def _picked_rows(job: Job, shard: Shard, score: dict[int, float], file: Any) -> Iterator[Row]:
+    """Writes the wanted rows as they pass by on their way into the statistics."""
+    from posttrain.data.shards import json_line
+
+    for number, row in shard_rows(shard, job.heldout) if score else ():
+        if number in score:
+            file.write(json_line(with_score(row, score[number], shard.ref.name, job.config.score_as)))
+            yield row
+
+
+def with_score(row: Row, score: float, source: str, name: str) -> Row:
+    """The row with all its columns plus `source`, `weight` (1 where it has none) and its score.
+
+    A column that already has the score's name is kept as `NAME_before`.
+    """
+    kept = {f"{name}_before": row[name]} if name in row else {}
+    return {**row, **kept, "source": row.get("source") or source, "weight": row.get("weight", 1.0), name: score}
+
+
+def _finish(job: Job, shards: list[Shard], state: Arrays, cut: Cut, ctx: StageContext) -> None:
+    from posttrain.data.dataset import write_dataset
+    from posttrain.data.shards import read_shard
+
+    parts = [job.part("picked", shard) for shard in shards]
+    rows = (row for part in parts for _, row in read_shard(part))
+    facts = write_dataset(rows, ctx.out, shards[0].kind, suffix=job.config.suffix)
+    for shard in shards:
+        _link(job.part("scores", shard), ctx.out / f"scores-{shard.index:05d}.parquet")
+    _link(job.folder / "state.safetensors", ctx.out / "state.safetensors")
+    words = _picked_words(job, shards, cut)
+    report = job.methods.report(state, _stored(job, "statistics", shards), job.config)
+    write_json(ctx.out / "state.json", {"selector": job.selector, "seed": job.seed, "cut": cut_to_json(cut), **report})
+    ctx.summary.update(rows_out=facts["rows"], tokens=words, **report)
+    ctx.meta.update(row_type=facts["row_type"], rows=facts["rows"], split={})
+
+
+def _picked_words(job: Job, shards: list[Shard], cut: Cut) -> int:
+    if job.config.budget.unit == "tokens":
+        return cut.weight
+    return sum(int(keys.weight[picked(keys, cut)].sum()) for keys, _ in _keys(job, shards, "tokens"))
+
+
+def _link(source: Path, to: Path) -> None:
+    """The same file under a second name; a copy where the file system cannot."""
+    try:
+        os.link(source, to)
+    except OSError:
+        shutil.copyfile(source, to)

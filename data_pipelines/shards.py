@@ -1,0 +1,142 @@
+"""The frozen list of shards behind a stage's inputs, and the rows of one shard.
+
+A shard is the unit of work, of resuming and of parallelism: one file of a source, one file of a committed dataset, or a
+whole hub dataset. Rows come out normalised, with their row number, only those of the wanted part, and never a row that
+is held out for evaluation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.core.artifact import InputRef
+from posttrain.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One unit of work.
+
+    Args:
+        index: place in the list, from 0.
+        label: name shown in scores and messages; no absolute path.
+        path: the file; empty for a hub dataset.
+        ref: the input it belongs to.
+        kind: row type.
+        columns: renames, our field -> their column.
+        validation, test: held-out shares.
+        on_bad: `stop` or `skip`.
+    """
+
+    index: int
+    label: str
+    path: str
+    ref: InputRef
+    kind: str
+    columns: dict[str, str] = field(default_factory=dict)
+    validation: float = 0.0
+    test: float = 0.0
+    on_bad: str = "stop"
+
+    def stamp(self) -> list[Any]:
+        """What tells this shard's content apart: input, label, size and modification time."""
+        facts = os.stat(self.path) if self.path else None
+        return [self.ref.key, self.ref.label, self.label, facts and facts.st_size, facts and facts.st_mtime_ns]
+
+
+def list_shards(refs: list[InputRef], where: str = "") -> list[Shard]:
+    """Shards of all references, in the order written and then by name.
+
+    Raises:
+        ConfigError: a mixture share or repeat, which a selector's budget makes meaningless.
+        DataError: no shard at all.
+    """
+    found: list[Shard] = []
+    for ref in refs:
+        if ref.share is not None or (ref.repeat is not None and ref.repeat != 1):
+            raise ConfigError("a selector reads every row once", where=where, fix="drop `share` and `repeat`; set `budget` instead")
+        facts = _artifact_facts(ref) if ref.origin == "stage" else _source_facts(ref)
+        files = facts.pop("files")
+        labels = _labels(files)
+        for file, label in zip(files, labels, strict=True):
+            found.append(Shard(len(found), f"{ref.name}/{label}" if label else ref.name, str(file) if file else "", ref, **facts))
+    if not found:
+        raise DataError("no shards to read", where=where, fix="give at least one source or dataset")
+    return found
+
+
+def _labels(files: list[Path | None]) -> list[str]:
+    if files == [None]:
+        return [""]
+    root = Path(os.path.commonpath([file.parent for file in files if file]))
+    return [file.relative_to(root).as_posix() for file in files if file]
+
+
+def _artifact_facts(ref: InputRef) -> dict[str, Any]:
+    from posttrain.data.sources import DATASET_GLOB
+
+    artifact = ref.artifact()
+    files = sorted(artifact.path.glob(DATASET_GLOB))
+    return {"files": files, "kind": artifact.manifest.get("meta", {}).get("row_type") or ref.rows, **_shares(ref)}
+
+
+def _source_facts(ref: InputRef) -> dict[str, Any]:
+    from posttrain.data.shards import expand_shards
+
+    spec = ref.spec
+    columns = dict(spec.get("columns") or {}) | ({"answer": spec["answer"]} if spec.get("answer") else {})
+    files = [None] if spec.get("hub") else [Path(os.path.abspath(path)) for path in expand_shards(spec["path"])]
+    return {"files": files, "kind": spec["kind"], "columns": columns, "on_bad": spec.get("on_bad", "stop"), **_shares(ref)}
+
+
+def _shares(ref: InputRef) -> dict[str, float]:
+    from posttrain.data.sources import split_shares
+
+    return dict(zip(("validation", "test"), split_shares(ref), strict=True))
+
+
+def shard_rows(shard: Shard, heldout: frozenset[str] = frozenset(), tally: Counter[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number, row) of a shard's part.
+
+    `tally` takes what was left out: `bad: REASON`, `other part`, `held out`. The sequence is the same at every reading.
+    """
+    from posttrain.data.rows import row_key, split_of
+
+    tally = tally if tally is not None else Counter()
+    for number, row in _part_rows(shard, tally) if shard.path else _hub_rows(shard):
+        part = shard.ref.split
+        splits = bool(shard.path and part != "all" and (shard.validation or shard.test))
+        key = row_key(row) if splits or heldout else ""
+        if splits and split_of(key, shard.validation, shard.test) != part:
+            tally["other part"] += 1
+        elif key in heldout:
+            tally["held out"] += 1
+        else:
+            yield number, row
+
+
+def _part_rows(shard: Shard, tally: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    from posttrain.data.rows import checked
+    from posttrain.data.shards import BadRows, read_shard
+    from posttrain.data.strict_json import RowError
+
+    bad = BadRows()
+    for number, row in read_shard(shard.path, on_bad=shard.on_bad, bad=bad):
+        try:
+            row = checked(row, shard.kind, shard.columns)
+        except RowError as error:
+            bad.take(error, f"{shard.path}:{number}", shard.on_bad)
+        else:
+            yield number, row
+    tally.update({f"bad: {reason}": count for reason, count in bad.counts.items()})
+
+
+def _hub_rows(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
+    from posttrain.data.sources import open_rows
+
+    return enumerate(open_rows(shard.ref), 1)
