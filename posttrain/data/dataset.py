@@ -61,7 +61,9 @@ def mix_rows(
         kept = [row for row in found if row_key(row) not in exclude] if exclude else found
         if not kept:
             raise DataError(_empty_part(ref, len(found)), where=ref.label, fix="give it more rows or a smaller held-out share")
-        parts.append([{**row, "source": row.get("source") or ref.name} for row in kept])
+        for row in kept:
+            row["source"] = row.get("source") or ref.name
+        parts.append(kept)
         facts.append({"available": len(kept), "excluded": len(found) - len(kept), "skipped": bad.report()})
     taken = _take_shares(refs, parts, seed) if refs[0].share is not None else _take_repeats(refs, parts, seed)
     return _interleaved(taken, seed), _mix_report(refs, facts, taken)
@@ -191,7 +193,7 @@ def write_dataset(
     """
     writer = ShardWriter(Path(out), rows_per_shard, suffix)
     for number, row in enumerate(rows, 1):
-        writer.write(normalise(row, row_type, f"{Path(out).name} row {number}"))
+        writer.write(normalise(row, row_type, getattr(row, "where", "") or f"{Path(out).name} row {number}"))
     files = writer.close()
     facts = {"rows": sum(f["rows"] for f in files), "row_type": row_type, "bytes": sum(f["bytes"] for f in files)}
     (Path(out) / "dataset.json").write_text(dumps({**facts, "files": files}, indent=1) + "\n", encoding="utf-8")

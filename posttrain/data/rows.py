@@ -22,6 +22,21 @@ from posttrain.errors import DataError
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
+class Row(dict[str, Any]):
+    """A row that knows where it was read (`file:row`), for messages; the place is no column and is never written."""
+
+    __slots__ = ("where",)
+
+    def __init__(self, *args: Any, where: str = "") -> None:
+        super().__init__(*args)
+        self.where = where
+
+
+def place_of(row: dict[str, Any]) -> str:
+    """`file:row` where it is known, else the row's id."""
+    return getattr(row, "where", "") or f"row {row.get('id', '?')}"
+
+
 def normalise(row: dict[str, Any], kind: str, where: str, columns: dict[str, str] | None = None) -> dict[str, Any]:
     """The row in its normal form: the keys of its type first, then `id`, then its other columns.
 

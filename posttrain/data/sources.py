@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.core.artifact import InputRef
-from posttrain.data.rows import checked, row_key, split_of
+from posttrain.data.rows import Row, checked, row_key, split_of
 from posttrain.data.shards import BadRows, expand_shards, plain, read_shard
 from posttrain.data.strict_json import RowError, check_surrogates
 from posttrain.errors import ConfigError, DataError
@@ -79,8 +79,8 @@ def _all_rows(ref: InputRef, events: Events | None, bad: BadRows) -> Iterator[di
         yield from _source_rows(ref, events, bad)
         return
     files = sorted(ref.artifact().path.glob(DATASET_GLOB))
-    for _, row in _shard_rows(files, ref.name, "stop", events, bad):
-        yield row
+    for where, row in _shard_rows(files, ref.name, "stop", events, bad):
+        yield Row(row, where=where)
 
 
 def _source_rows(ref: InputRef, events: Events | None, bad: BadRows) -> Iterator[dict[str, Any]]:
@@ -94,7 +94,7 @@ def _source_rows(ref: InputRef, events: Events | None, bad: BadRows) -> Iterator
         except RowError as error:
             bad.take(error, where, on_bad)
         else:
-            yield row
+            yield Row(row, where=where)
 
 
 def _shard_rows(files: list[Path], name: str, on_bad: str, events: Events | None, bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
