@@ -1,0 +1,1 @@
+"""The only place where models are found, checked, loaded, merged and saved."""

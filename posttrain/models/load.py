@@ -7,9 +7,10 @@ themselves be adapters. Weights that the checkpoint lacks are an error, never a 
 
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -278,15 +279,16 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet():
-    """Silences transformers' warnings and bars; what matters of them is raised as an error above."""
+def _quiet() -> Iterator[None]:
+    """Silences transformers' warnings and all progress bars; what matters of them is raised as an error above."""
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity(logging.ERROR)
     hf_logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         hf_logging.set_verbosity(level)
         if bars:

@@ -26,6 +26,7 @@ def save_model(
     base: Any = None,
     meta: dict[str, Any] | None = None,
     max_shard_gb: float = 5.0,
+    state: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes a complete model folder, or adapter folder for a PeftModel.
 
@@ -36,6 +37,7 @@ def save_model(
         base: what the adapter was trained on (InputRef, Source, LoadedModel, path); required for a PeftModel.
         meta: updated in place with the returned facts (pass `ctx.meta`).
         max_shard_gb: size of a weight file in GB.
+        state: written instead of the model's own tensors (quantized weights).
 
     Returns:
         `{"parameters", "size_bytes", "vocab_size", "dtype"}` and for an adapter `{"base_digest", "trained_parameters"}`.
@@ -46,7 +48,7 @@ def save_model(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     adapter = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-    facts = _save_adapter(model, out, base) if adapter else _save_weights(model, out, max_shard_gb)
+    facts = _save_adapter(model, out, base) if adapter else _save_weights(model, out, max_shard_gb, state)
     inner = model.get_base_model() if adapter else model
     save_tokenizer(tokenizer, out)
     save_generation_config(inner, tokenizer, out)
@@ -79,13 +81,13 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int] | int | None:
     return (ids[0] if len(ids) == 1 else ids) if ids else None
 
 
-def _save_weights(model: Any, out: Path, max_shard_gb: float) -> dict[str, Any]:
+def _save_weights(model: Any, out: Path, max_shard_gb: float, state: dict[str, Any] | None) -> dict[str, Any]:
     from transformers import GenerationConfig
 
     kept = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        model.save_pretrained(str(out), max_shard_size=f"{max(int(max_shard_gb * 1000), 1)}MB")
+        model.save_pretrained(str(out), state_dict=state, max_shard_size=f"{max(int(max_shard_gb * 1000), 1)}MB")
     finally:
         model.generation_config = kept
     clean_json(out / "config.json")

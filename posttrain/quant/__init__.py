@@ -1,0 +1,1 @@
+"""Weight quantization: one file a method, one exporter, one check that reads the export back."""

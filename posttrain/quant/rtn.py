@@ -1,0 +1,103 @@
+"""`quantize.rtn`: group-wise round to nearest, without calibration data.
+
+The cheapest method and the yardstick of all others: at 4 bits and 64 columns a group it costs little, at 2 bits it ruins
+most models. See `quant/base.py` for the maths. The export is read back and compared before it is committed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config.base import REPORT_ONLY, Strict
+from posttrain.config.common import StageConfig, StageEval
+from posttrain.core.context import StageContext
+from posttrain.core.registry import model_port, stage
+from posttrain.errors import QuantError
+
+
+class QuantExport(Strict):
+    """How the quantized checkpoint is written."""
+
+    format: Literal["compressed-tensors"] = "compressed-tensors"
+    """`pack-quantized` of compressed-tensors, read by transformers and vLLM."""
+    engine: Literal["transformers", "vllm", "vllm-cpu"] = "transformers"
+    """Engine that must be able to load it; a width that it cannot load is refused. `vllm` means vLLM on a GPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of what stays dense and of the scales; `auto` is the input checkpoint's type."""
+    max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
+    """Size of a weight file in GB."""
+    reload_check: Annotated[bool, REPORT_ONLY] = True
+    """Read the export back and compare weights and logits before it is committed."""
+
+
+class RtnConfig(StageConfig):
+    """Round to nearest."""
+
+    bits: Literal[2, 3, 4, 8] = 4
+    """Width of a code."""
+    group_size: Annotated[int, Field(ge=-1)] = 64
+    """Input columns that share a scale; must divide each layer's input size. -1 is one scale an output row."""
+    symmetric: bool | None = None
+    """No zero points. Default: true at 4 and 8 bits (the widest choice of kernels), false at 2 and 3 (better weights)."""
+    mse: bool = True
+    """Search the range of each group that minimises its squared error."""
+    ignore: list[str] = []
+    """Layers that stay dense: full names, last parts (`down_proj`), or `re:` and a regular expression. The output layer and embeddings always do."""
+    export: QuantExport = QuantExport()
+    """Checkpoint format and checks."""
+    eval: StageEval = StageEval()
+    """Evaluation around this stage."""
+
+    @model_validator(mode="after")
+    def _loadable(self) -> RtnConfig:
+        if self.group_size == 0:
+            raise ValueError("group_size: give -1 (one scale a row) or a positive number")
+        check_engine(self.bits, self.export.engine)
+        return self
+
+    @property
+    def is_symmetric(self) -> bool:
+        """`symmetric`, with the default for the width."""
+        return self.bits >= 4 if self.symmetric is None else self.symmetric
+
+
+def check_engine(bits: int, engine: str) -> None:
+    """Refuses a width that the engine cannot load.
+
+    Raises:
+        ValueError: the engine, the width, and what would work.
+    """
+    if engine == "vllm" and bits == 3:
+        raise ValueError("bits: 3 cannot be loaded by vLLM: codes are stored for transformers, 10 a word; use 2, 4 or 8 bits, or `export.engine: transformers`")
+    if engine == "vllm-cpu" and bits != 4:
+        raise ValueError(f"bits: {bits} has no CPU kernel in vLLM, which runs 4 bits only; use 4 bits, or `export.engine: vllm` (GPU) or `transformers`")
+
+
+@stage("quantize.rtn", config=RtnConfig, inputs={"model": model_port(kinds=("model", "adapter"))}, output="quantized", evals=True)
+def run(cfg: RtnConfig, ctx: StageContext) -> None:
+    """Quantizes the linear layers of a model and commits a checkpoint that has been read back."""
+    import torch
+
+    from posttrain.eval.around import around
+    from posttrain.models.load import load_model
+    from posttrain.quant.apply import linear_shapes, output_name, quantize_model, round_dense
+    from posttrain.quant.base import quantize_rtn
+    from posttrain.quant.finish import finish
+    from posttrain.quant.scheme import plan_scheme
+
+    loaded = load_model(ctx.ref("model"), dtype="float32", trust_remote_code=ctx.trust_remote_code)
+    if loaded.kind == "quantized":
+        raise QuantError("the input is quantized already", where=f"stages.{ctx.name}.in.model", fix="give the float model that it was made from")
+    model = loaded.model
+    scheme = plan_scheme(linear_shapes(model), group_size=cfg.group_size, ignore=cfg.ignore, output=output_name(model))
+    dtype = getattr(torch, loaded.dtype if cfg.export.dtype == "auto" else cfg.export.dtype)
+    around(ctx, "before", model, loaded.tokenizer)
+
+    def fit(name: str, weight: Any) -> Any:
+        return quantize_rtn(weight, cfg.bits, cfg.group_size, cfg.is_symmetric, mse=cfg.mse, scale_dtype=dtype, name=name)
+
+    round_dense(model, dtype, scheme)
+    tensors, rows = quantize_model(model, scheme, fit, ctx.events)
+    finish(ctx, loaded, tensors, scheme, rows, dtype=dtype, export=cfg.export)

@@ -1,0 +1,121 @@
+"""Reads an export back, twice: by an independent reader of the bytes, and by transformers.
+
+The reader follows the published layout with numpy and nothing of our packer, so a wrong offset, order or zero point
+cannot cancel out: its weights must equal ours exactly. The reload compares logits with those of the model in memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain.errors import QuantError
+from posttrain.models.check import read_header, weight_files
+
+LIMIT = 1e-4
+AGAIN = "please report this with the model's config.json; `export.reload_check: false` writes the folder all the same"
+
+
+def read_tensors(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Tensor name -> (file, header entry) over all weight files of a folder."""
+    return {name: (file, entry) for file in weight_files(folder) for name, entry in read_header(file).items()}
+
+
+def read_array(file: Path, entry: dict[str, Any]) -> np.ndarray:
+    """One tensor of a safetensors file as a numpy array; bfloat16 is widened to float32."""
+    start, end = entry["data_offsets"]
+    with open(file, "rb") as stream:
+        offset = 8 + int.from_bytes(stream.read(8), "little")
+        stream.seek(offset + start)
+        raw = stream.read(end - start)
+    if entry["dtype"] == "BF16":
+        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4").reshape(entry["shape"])
+    kinds = {"F32": "<f4", "F16": "<f2", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
+    return np.frombuffer(raw, kinds[entry["dtype"]]).reshape(entry["shape"])
+
+
+def read_layer(tensors: dict[str, tuple[Path, dict[str, Any]]], name: str, bits: int) -> np.ndarray:
+    """float32 [out, in] of one pack-quantized layer, from the bytes alone."""
+    out, columns = read_array(*tensors[f"{name}.weight_shape"]).tolist()
+    scale = read_array(*tensors[f"{name}.weight_scale"]).astype(np.float32)
+    codes = _codes(read_array(*tensors[f"{name}.weight_packed"]), bits, columns)
+    packed_zero = tensors.get(f"{name}.weight_zero_point")
+    zero = np.float32(2 ** (bits - 1)) if packed_zero is None else _codes(read_array(*packed_zero).T, bits, out).T.astype(np.float32)[:, :, None]
+    grouped = codes.astype(np.float32).reshape(out, scale.shape[1], -1)
+    return ((grouped - zero) * scale[:, :, None]).reshape(out, columns)
+
+
+def _codes(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """Codes of each row, by writing out its bits; the number of words tells whether values straddle them."""
+    stream = np.unpackbits(np.ascontiguousarray(words).astype("<i4").view(np.uint8).reshape(len(words), -1), axis=1, bitorder="little")
+    if words.shape[1] * (32 // bits) >= columns and words.shape[1] != -(-columns * bits // 32):
+        per_word = 32 // bits
+        stream = stream.reshape(len(words), -1, 32)[:, :, : per_word * bits].reshape(len(words), -1)
+    digits = stream[:, : columns * bits].reshape(len(words), columns, bits)
+    return (digits.astype(np.int64) << np.arange(bits)).sum(-1)
+
+
+def check_bytes(folder: Path, weights: dict[str, Any], bits: int) -> dict[str, int]:
+    """Compares each quantized layer on disk with the weight in memory.
+
+    Args:
+        folder: the export.
+        weights: layer name -> dequantized weight in memory, array-like [out, in].
+        bits: width of a code.
+
+    Returns:
+        `{"quantized_bytes", "dense_bytes"}` on disk.
+
+    Raises:
+        QuantError: a layer that is missing, stored dense, or differs.
+    """
+    tensors = read_tensors(folder)
+    for name, weight in weights.items():
+        if f"{name}.weight" in tensors or f"{name}.weight_packed" not in tensors:
+            raise QuantError("the layer was not stored in quantized form", where=f"{folder}: {name}", fix=AGAIN)
+        worst = float(np.abs(read_layer(tensors, name, bits) - np.asarray(weight, dtype=np.float32)).max())
+        if worst != 0:
+            raise QuantError(f"the stored weight differs from the one in memory by {worst:g}", where=f"{folder}: {name}", fix=AGAIN)
+    held = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, (_, entry) in tensors.items()}
+    packed = sum(size for name, size in held.items() if name.rpartition(".")[0] in weights and "weight_" in name)
+    return {"quantized_bytes": packed, "dense_bytes": sum(held.values()) - packed}
+
+
+def probe_logits(model: Any, rows: int = 2, length: int = 32) -> Any:
+    """float32 logits [rows, length, vocab] on fixed pseudo-random tokens."""
+    import torch
+
+    size = model.get_input_embeddings().weight.shape[0]
+    length = min(length, getattr(model.config, "max_position_embeddings", length) or length)
+    ids = torch.randint(0, size, (rows, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+
+
+def check_reload(folder: Path, expected: Any, **options: Any) -> tuple[Any, dict[str, float]]:
+    """Loads the export with transformers and compares its logits.
+
+    Args:
+        folder: the export.
+        expected: `probe_logits` of the model in memory.
+        options: of `load_model`.
+
+    Returns:
+        (LoadedModel, {"reload_max_diff", "reload_limit"}); the limit is LIMIT times the standard deviation of the logits.
+
+    Raises:
+        QuantError: logits differ by more, or are not finite.
+    """
+    import torch
+
+    from posttrain.models.load import load_model
+
+    loaded = load_model(folder, **options)
+    found = probe_logits(loaded.model)
+    limit = LIMIT * float(expected.std())
+    worst = float((found - expected).abs().max()) if torch.isfinite(found).all() else float("inf")
+    if not worst <= limit:
+        raise QuantError(f"logits of the reloaded export differ by {worst:g}, the limit is {limit:g}", where=str(folder), fix=AGAIN)
+    return loaded, {"reload_max_diff": worst, "reload_limit": limit}
