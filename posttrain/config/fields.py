@@ -133,8 +133,11 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return by_plain[found[0]] if found else None
 
 
-def _synonym(name: str, config: type[BaseModel]) -> str | None:
-    target = SYNONYMS.get(_plain(name))
+def _synonym(name: str, config: type[BaseModel], here: tuple[str | int, ...]) -> str | None:
+    target = SYNONYMS.get(_plain(name), "")
+    block, _, field = target.rpartition(".")
+    if block and here[-1:] == (block,) and field in fields_of(config):
+        return field
     return target if target and annotations_at(config, target.split(".")) else None
 
 
@@ -153,7 +156,7 @@ def _elsewhere(name: str, root: type[BaseModel], here: tuple[str | int, ...]) ->
     return None
 
 
-def suggest(key: str, root: type[BaseModel], here: tuple[str | int, ...], where: str, pipeline: Iterable[str] = ()) -> str:
+def suggest(key: str, root: type[BaseModel], here: tuple[str | int, ...], where: str, other_level: Iterable[str] = ()) -> str:
     """What to do about an unknown key.
 
     Args:
@@ -161,7 +164,7 @@ def suggest(key: str, root: type[BaseModel], here: tuple[str | int, ...], where:
         root: class of the stage (or of the whole pipeline).
         here: path of the block that holds the key, below `root`.
         where: dotted path of `root` in the file, with a trailing dot, or empty.
-        pipeline: top-level keys of the file; offered for a key in a stage.
+        other_level: top-level keys of the file where `root` is a stage, else keys of stages.
     """
     level = [a for a in annotations_at(root, here) if isinstance(a, type) and issubclass(a, BaseModel)]
     known = {name: None for model in level for name in fields_of(model)}
@@ -169,15 +172,15 @@ def suggest(key: str, root: type[BaseModel], here: tuple[str | int, ...], where:
     if same:
         return f"write `{same}`"
     for model in level:
-        target = _synonym(key, model)
+        target = _synonym(key, model, here)
         if target:
             return f"it is called `{target}` here"
     other = _elsewhere(_plain(key), root, here)
     if other:
         block, _, name = other.rpartition(".")
         return f"`{name}` belongs under `{where}{block}`" if block else f"`{name}` belongs directly under `{where.rstrip('.') or 'the top level'}`"
-    if _plain(key) in pipeline:
-        return f"`{_plain(key)}` belongs at the top level of the file"
+    if _plain(key) in other_level and not here:
+        return f"`{_plain(key)}` belongs {'at the top level of the file' if where else 'inside a stage'}"
     near = nearest(key, known)
     if near:
         return f"did you mean `{near}`?"

@@ -127,6 +127,7 @@ class _Builder:
         self.anchors: dict[str, tuple[Any, int]] = {}
         self.stack: list[_Open] = []
         self.root: Any = None
+        self.first = (1, 1)
         self.nodes = 0
         self.documents = 0
 
@@ -189,7 +190,9 @@ class _Builder:
 
     def _mark(self, event: Any, mark: Mark) -> None:
         path = self._path()
-        if path and path not in self.marks:
+        if not path:
+            self.first = (mark.line, mark.column)
+        elif path not in self.marks:
             self.marks[path] = mark
 
     def _key(self, event: Any, quoted: bool) -> None:
@@ -326,7 +329,7 @@ def parse_yaml(text: str, file: str = "<text>") -> Document:
         raise ConfigError("the file is empty", where=f"{file}:1:1", fix="start from `posttrain new` or a file in configs/")
     if not isinstance(builder.root, dict):
         what = "a list" if isinstance(builder.root, list) else f"the single value `{str(builder.root)[:40]}`"
-        raise ConfigError(f"expected `key: value` lines at the top, got {what}", where=f"{file}:1:1", fix="remove the leading `- `, or put it under a key")
+        raise ConfigError(f"expected `key: value` lines at the top, got {what}", where=f"{file}:{builder.first[0]}:{builder.first[1]}", fix="remove the leading `- `, or put it under a key")
     return Document(file, builder.root, builder.marks)
 
 

@@ -92,7 +92,8 @@ def _bound(error: dict[str, Any]) -> str:
 
 
 def _literal(error: dict[str, Any], value: Any) -> tuple[str, str]:
-    options = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", ""))) or [str(error.get("ctx", {}).get("expected"))]
+    text = str(error.get("ctx", {}).get("expected", ""))
+    options = re.findall(r"'([^']*)'", text) or re.split(r", | or ", text)
     near = nearest(str(value), options, 0.5) if isinstance(value, str) else None
     return "one of " + ", ".join(options) if len(options) > 1 else options[0], f"did you mean `{near}`?" if near else f"write {options[0]}" if len(options) == 1 else ""
 
@@ -153,7 +154,7 @@ class _Translator:
             return self.problem(path, "is required", (field.description or "").split("\n")[0] if field else "")
         if kind == "extra_forbidden":
             where = dotted(self.prefix, self.document) + "." if self.prefix else ""
-            return self.problem(path, "unknown key", suggest(str(path[-1]), self.root, path[:-1], where, self.top if self.prefix else ()))
+            return self.problem(path, "unknown key", suggest(str(path[-1]), self.root, path[:-1], where, self.top))
         if "[key]" in error["loc"]:
             return self.problem(path, f"expected {_PATTERNS[_NAME]}", _name_fix(path[-1]))
         expected = list(dict.fromkeys(_EXPECTED[e["type"]] for e in errors if e["type"] in _EXPECTED))
@@ -209,7 +210,7 @@ def translate(
     Args:
         errors: `ValidationError.errors()`.
         root: the class validated; `tree`: the value given; `prefix`: its path in `document`.
-        top: top-level keys of a pipeline, offered where one of them stands inside a stage.
+        top: keys of the other level, top of the file or stage; offered where one of them stands in the wrong one.
     """
     translator = _Translator(root, tree, prefix, document, marks, top)
     grouped: dict[Path_, list[dict[str, Any]]] = {}

@@ -16,8 +16,8 @@ from pydantic import AfterValidator, BaseModel, Field, SerializeAsAny, Validatio
 from pydantic.fields import FieldInfo
 
 from posttrain.config.base import Name, ReportOnly, Strict, _expand_model_id, _expand_path
-from posttrain.config.common import EvalConfig, LimitsConfig, ModelConfig, SourceConfig, StageConfig, TrackingConfig
-from posttrain.config.fields import field_at, nearest
+from posttrain.config.common import EvalConfig, LimitsConfig, ModelConfig, SourceConfig, StageConfig, TrackingConfig, TrainConfig
+from posttrain.config.fields import field_at, fields_of, nearest
 from posttrain.config.load import Mark, Path_, dotted, load_yaml, mark_of
 from posttrain.config.messages import describe, translate
 from posttrain.config.overrides import locate, put
@@ -133,7 +133,7 @@ def parse_pipeline(tree: dict[str, Any], base: Path | None, marks: dict[Path_, M
     try:
         _Head.model_validate(head, context=context)
     except ValidationError as error:
-        problems = translate(error.errors(include_url=False), Pipeline, tree, (), tree, marks) + problems
+        problems = translate(error.errors(include_url=False), Pipeline, tree, (), tree, marks, fields_of(TrainConfig)) + problems
     if problems:
         raise ConfigError(problems=problems, where=where)
     pipeline = Pipeline.model_validate({**head, "stages": stages}, context=context)
