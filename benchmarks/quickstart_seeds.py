@@ -23,7 +23,10 @@ from _harness import Cells, arguments, finish
 from posttrain.core.rundir import RunDir, read_json, runs_root, slug
 
 REPO = Path(__file__).resolve().parent.parent
-FACTS = ("rows_in", "rows_out", "tokens", "tokens_per_s", "kl_reduction", "size_bytes_before", "size_bytes", "perplexity_before", "perplexity_after")
+FACTS = (
+    "rows_in", "rows_out", "tokens", "tokens_per_s", "kl_reduction", "size_bytes_before", "size_bytes",
+    "perplexity_before", "perplexity_after",
+)  # fmt: skip
 
 
 def run_seed(pipeline: Path, seed: int, runs: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def _is_local(family: int, address: Any) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def block_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def block_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refuses connections that would leave this machine; unix sockets and loopback stay open."""
     connect, connect_ex = socket.socket.connect, socket.socket.connect_ex
 
@@ -74,7 +74,6 @@ def block_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(socket.socket, "connect", guarded(connect))
     monkeypatch.setattr(socket.socket, "connect_ex", guarded(connect_ex))
-    yield
 
 
 def _make_tokenizer() -> Any:

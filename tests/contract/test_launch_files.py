@@ -47,8 +47,9 @@ def test_scripts_parse(name: str) -> None:
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
     """An environment whose python records a signal and whose scontrol records its arguments."""
+    wait = 'for i in $(seq 100); do [ -n "${CODE:-}" ] && exit $CODE; sleep 0.1; done'
     for name, body in {
-        "python3": 'trap "echo TERM >>$LOG; exit 75" TERM; echo "$@" >>"$LOG"; for i in $(seq 100); do [ -n "${CODE:-}" ] && exit $CODE; sleep 0.1; done',
+        "python3": f'trap "echo TERM >>$LOG; exit 75" TERM; echo "$@" >>"$LOG"; {wait}',
         "scontrol": 'echo "scontrol $@" >>"$LOG"',
     }.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")

@@ -16,7 +16,9 @@ PYTHON = r"""#!/usr/bin/env bash
 bin="$(cd "$(dirname "$0")" && pwd)"; state="$bin/../packages"; line="$*"; last="${!#}"
 has() { grep -qx "$1" "$state" 2>/dev/null; }
 case "$line" in
-  "-m venv"*) echo "venv" >>"$LOG"; rm -rf "$last"; mkdir -p "$last/bin" "$last/site"; cp "$0" "$last/bin/python"; touch "$last/pyvenv.cfg" "$last/packages" ;;
+  "-m venv"*)
+    echo "venv" >>"$LOG"; rm -rf "$last"; mkdir -p "$last/bin" "$last/site"
+    cp "$0" "$last/bin/python"; touch "$last/pyvenv.cfg" "$last/packages" ;;
   "-m pip --version") ;;
   "-m pip install"*torch==*+cpu*)
     echo "pip torch" >>"$LOG"

@@ -52,20 +52,21 @@ def test_the_wheel_holds_the_code_and_every_shipped_file(wheel: Path) -> None:
         names = set(archive.namelist())
     code = {p.relative_to(REPO).as_posix() for package in ("posttrain", "data_pipelines") for p in (REPO / package).rglob("*.py")}
     assert code <= names
-    shipped = {p.relative_to(REPO).as_posix() for folder in ("configs", "launch/accelerate") for p in (REPO / folder).rglob("*") if p.is_file()}
-    shipped |= {"launch/slurm.sbatch", "launch/Dockerfile", "constraints.txt"}
+    files = [p for folder in ("configs", "launch/accelerate") for p in (REPO / folder).rglob("*") if p.is_file()]
+    shipped = {p.relative_to(REPO).as_posix() for p in files} | {"launch/slurm.sbatch", "launch/Dockerfile", "constraints.txt"}
     assert {f"posttrain/_shipped/{name}" for name in shipped} <= names
     assert not [name for name in names if name.startswith(("tests/", "configs/", "launch/", "benchmarks/")) or "__pycache__" in name]
     assert "posttrain-0.1.0.dist-info/licenses/LICENSE" in names
 
 
 def test_shipped_files_are_found_in_a_wheel(installed: Path, tmp_path: Path) -> None:
-    code = "from posttrain.shipped import *; print(shipped_root()); print(*shipped_files('launch')); print(shipped_file('launch/accelerate/zero2.yaml'))"
+    call = "shipped_root(), shipped_file('launch/accelerate/zero2.yaml'), *shipped_files('launch')"
+    code = f"from posttrain.shipped import *\nprint({call}, sep='\\n')"
     done = _python(installed, tmp_path, "-c", code)
     assert done.returncode == 0, done.stderr
-    root, names, path = done.stdout.splitlines()
+    root, path, *names = done.stdout.splitlines()
     assert Path(root) == installed / "posttrain" / "_shipped"
-    assert "launch/accelerate/fsdp2.yaml" in names.split()
+    assert "launch/accelerate/fsdp2.yaml" in names
     assert Path(path).is_file()
 
 
