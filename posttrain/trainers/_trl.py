@@ -31,7 +31,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
+from transformers import PrinterCallback, TrainerCallback  # noqa: E402
 from transformers.trainer_utils import TrainOutput  # noqa: E402
 
 from posttrain.trainers._checkpoint import Checkpoint, clear, latest_complete, mark_complete, read_checkpoint, rotate  # noqa: E402
@@ -83,6 +83,7 @@ class _StopAtStepEnd(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._trainer.stop_requested():
+            self._trainer.preempted = True
             control.should_save = control.should_training_stop = True
 
 
@@ -200,10 +201,22 @@ class Reliable(SafeCheckpoint, NumericsGuard):
         self.events = events
         self.keep_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
         self.args.logging_nan_inf_filter = False
-        self._stop = StopSignal()
+        self._stop, self.preempted = StopSignal(), False
+        self.seconds_before, self._train_start = 0.0, time.monotonic()
         self.add_callback(_StopAtStepEnd(self))
         if events is not None:
             self.add_callback(RunEvents(events))
+            self.remove_callback(PrinterCallback)
+
+    def own_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Seconds of training so far; subclasses add to it."""
+        values, tensors = super().own_state()
+        return {**values, "seconds": self.seconds_before + time.monotonic() - self._train_start}, tensors
+
+    def restore_own_state(self, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Takes back the seconds of earlier attempts."""
+        super().restore_own_state(values, tensors)
+        self.seconds_before = values.get("seconds", 0.0)
 
     def stop_requested(self) -> bool:
         """True on all ranks once any rank has received SIGTERM or SIGINT."""
@@ -227,9 +240,10 @@ class Reliable(SafeCheckpoint, NumericsGuard):
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
         if checkpoint is not None and 0 < self.args.max_steps <= checkpoint.step:
             return self._take_finished(checkpoint)
+        self._train_start = time.monotonic()
         with caught_signals(self._stop):
             output = super().train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None, **kwargs)
-        if self._stop.received is not None or self.state.global_step < self.state.max_steps:
+        if self.preempted:
             raise Preempted(
                 f"stopped by {self._stop.received or 'a signal on another rank'} after step {self.state.global_step} of {self.state.max_steps}",
                 where=self.args.output_dir,
@@ -280,11 +294,11 @@ def check_trl_fields(trl: dict[str, Any], config_class: type, where: str, owned:
         trl: the block.
         config_class: `trl.SFTConfig`, `trl.GRPOConfig`, ...
         where: dotted path of the block, e.g. `stages.sft.trl`.
-        owned: field -> the field of ours that sets it (`OWNED` of `_train` by default).
+        owned: field -> the field of ours that sets it (`_train.owned_fields` by default).
     """
-    from posttrain.trainers._train import OWNED
+    from posttrain.trainers._train import owned_fields
 
-    owned = OWNED if owned is None else owned
+    owned = owned_fields(config_class) if owned is None else owned
     known = {field.name: field.type for field in fields(config_class) if field.init}
     problems = []
     for key, value in trl.items():

@@ -1,0 +1,166 @@
+"""The stage `grpo`: rows to prompts, rewards to functions, and the trainer around them.
+
+Rewards see the rows themselves, looked up by number, so a column may hold anything (mixed types, nested lists); only
+prompts travel through the data loader. Everything that could fail at one row hours later is checked before step 1:
+prompt lengths, and the columns that each reward needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import trl
+from datasets import Dataset
+
+from posttrain.core.context import StageContext
+from posttrain.data.chat import scan_prompts
+from posttrain.data.dataset import repeat_rows, training_rows
+from posttrain.data.rows import place_of, prompt_messages
+from posttrain.errors import ConfigError, DataError
+from posttrain.models.load import LoadedModel
+from posttrain.models.save import save_model
+from posttrain.rewards import failures, find_reward, get_reward
+from posttrain.rollout.hf import HFEngine
+from posttrain.trainers._grpo import PASS, PROMPT_IDS, ROW_ID, GRPOTrainer
+from posttrain.trainers._train import (
+    Schedule,
+    describe,
+    epoch_order,
+    evaluate_around,
+    global_rows,
+    load_for_training,
+    make_schedule,
+    peft_config,
+    train_and_commit,
+    trl_arguments,
+)
+
+if TYPE_CHECKING:
+    from posttrain.trainers.grpo import GRPOStage, RewardUse
+
+INDEX = "row_index"
+Row = dict[str, Any]
+
+
+def reward_functions(uses: Sequence[RewardUse], rows: Sequence[Row]) -> list[Callable[..., list[float | None]]]:
+    """TRL reward functions that look the columns of their rows up.
+
+    Raises:
+        DataError: a row lacks a column that a reward needs; names reward, column and row.
+    """
+    return [_reward_function(use, rows) for use in uses]
+
+
+def _reward_function(use: RewardUse, rows: Sequence[Row]) -> Callable[..., list[float | None]]:
+    checked = get_reward(use.use)
+    needed = {name: use.columns.get(name, name) for name in find_reward(use.use).columns}
+    for row in rows:
+        for name, theirs in needed.items():
+            if row.get(theirs) is None:
+                there = ", ".join(key for key in row if key not in ("prompt", "id"))
+                raise DataError(f"reward `{use.use}` needs `{name}`, read from the column `{theirs}`; columns there: {there or 'none'}", where=place_of(row), fix=f"set rewards[].columns: {{{name}: THEIR_NAME}}")
+    names = sorted({key for row in rows for key in row} - {"prompt", "id"})
+
+    def scored(completions: list[Any], prompts: list[Any], **extra: Any) -> list[float | None]:
+        chosen = [rows[i] for i in extra[INDEX]]
+        columns = {name: [row.get(name) for row in chosen] for name in names}
+        renamed = {name: [row.get(theirs) for row in chosen] for name, theirs in use.columns.items()}
+        return checked(completions, **{**columns, **renamed, "prompts": prompts, "completion_ids": extra["completion_ids"]})
+
+    scored.__name__ = use.use
+    return scored
+
+
+def prompt_dataset(rows: Sequence[Row], prompt_ids: Sequence[list[int]], order: Sequence[int], chat: bool) -> Dataset:
+    """One entry for each prompt of the run, in order: `prompt` as TRL takes it, its ids, and which row and pass it is."""
+    prompts = [_trl_prompt(row, chat) for row in rows]
+    return Dataset.from_dict(
+        {
+            "prompt": [prompts[i] for i in order],
+            PROMPT_IDS: [prompt_ids[i] for i in order],
+            ROW_ID: [str(rows[i]["id"]) for i in order],
+            PASS: [position // len(rows) for position in range(len(order))],
+            INDEX: list(order),
+        }
+    )
+
+
+def _trl_prompt(row: Row, chat: bool) -> Any:
+    turns = prompt_messages(row)
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns] if chat else turns[0]["content"]
+
+
+def prompt_limit(cfg: GRPOStage, model: Any, where: str) -> int:
+    """Longest prompt in tokens: what `data.max_length`, and the model's positions, leave beside the completion.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or cfg.data.max_length
+    limit = min(cfg.data.max_length, positions) - cfg.rollout.max_tokens
+    if limit < 1:
+        raise ConfigError(f"max_tokens ({cfg.rollout.max_tokens}) leaves no room for a prompt in the model's {positions} positions", where=f"{where}.rollout.max_tokens", fix="lower it")
+    return limit
+
+
+def _set_reference(cfg: GRPOStage, ctx: StageContext, loaded: LoadedModel) -> None:
+    """Names the folder that TRL builds the KL reference from: the stage's input, written out where it is no plain folder."""
+    if cfg.beta == 0 or cfg.lora is not None:
+        return
+    folder = loaded.source.path
+    if loaded.source.form != "folder" or loaded.kind != "model":
+        folder = ctx.work / "reference"
+        if ctx.world.main:
+            save_model(loaded.model, loaded.tokenizer, folder)
+    loaded.model.config._name_or_path = str(folder)
+
+
+def build(cfg: GRPOStage, ctx: StageContext, loaded: LoadedModel, rows: list[Row], prompt_ids: list[list[int]], chat: bool) -> tuple[GRPOTrainer, Schedule]:
+    """The trainer of a stage, its prompts laid out in the order in which they will be asked."""
+    asked = global_rows(cfg.batch, cfg.data.max_length) // cfg.group
+    plan = make_schedule(cfg, len(rows) / asked * cfg.num_iterations, ctx.world.size, f"stages.{ctx.name}")
+    order = epoch_order(len(rows), math.ceil(plan.steps / cfg.num_iterations) * asked, ctx.seed)
+    rollout = cfg.rollout
+    args = trl_arguments(
+        trl.GRPOConfig, cfg, ctx, plan, loaded.model,
+        num_generations=cfg.group, num_iterations=cfg.num_iterations, beta=cfg.beta, epsilon=cfg.epsilon, epsilon_high=cfg.epsilon_high,
+        loss_type=cfg.loss_type, scale_rewards=cfg.scale_rewards, mask_truncated_completions=cfg.mask_truncated,
+        max_completion_length=rollout.max_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
+        reward_weights=[use.weight for use in cfg.rewards], use_vllm=False, remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        loaded.model,
+        reward_funcs=reward_functions(cfg.rewards, rows),
+        args=args,
+        train_dataset=prompt_dataset(rows, prompt_ids, order, chat),
+        processing_class=loaded.tokenizer,
+        peft_config=peft_config(cfg.lora, loaded.model),
+        events=ctx.events,
+        engine=partial(HFEngine, max_batch=rollout.batch) if rollout.engine == "hf" else None,
+        correction=rollout.correction,
+        correction_cap=rollout.correction_cap,
+    )
+    return trainer, plan
+
+
+def run_grpo(cfg: GRPOStage, ctx: StageContext) -> None:
+    """The stage `grpo`; see `grpo.py`."""
+    for use in cfg.rewards:
+        find_reward(use.use)
+    rows = training_rows(ctx, "data")
+    if cfg.data.weights == "repeat":
+        rows = repeat_rows(rows, ctx.seed)
+    loaded = load_for_training(cfg, ctx)
+    limit = prompt_limit(cfg, loaded.model, f"stages.{ctx.name}")
+    rows, prompt_ids, report = scan_prompts(loaded.tokenizer, rows, format=cfg.data.format, max_prompt=limit, on_bad=cfg.data.on_bad, events=ctx.events)
+    ctx.summary["prompts"] = report
+    evaluate_around(ctx, "before", loaded.model, loaded.tokenizer)
+    _set_reference(cfg, ctx, loaded)
+    trainer, plan = build(cfg, ctx, loaded, rows, prompt_ids, report["format"] == "chat")
+    describe(ctx, plan, f"completions in groups of {cfg.group}")
+    failures(reset=True)
+    train_and_commit(trainer, cfg, ctx, loaded)
+    ctx.summary["reward_failures"] = failures()

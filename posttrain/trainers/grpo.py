@@ -1,0 +1,118 @@
+"""Reinforcement on verifiable rows: groups of completions, scored by rewards, by group-relative policy optimization.
+
+TRL's GRPOTrainer. Completions are drawn by our `hf` engine on the live model (each with its own seed, so a result does
+not depend on batching or on the number of processes), or with `rollout.engine: trl` by TRL itself.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config.base import Positive, Strict
+from posttrain.config.common import TrainConfig
+from posttrain.core.context import StageContext
+from posttrain.core.registry import data_port, model_port, stage
+
+
+class RewardUse(Strict):
+    """One reward of the sum."""
+
+    use: str
+    """Name of a reward; `posttrain schema` and a wrong name list them."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+    columns: dict[str, str] = {}
+    """The reward's column -> the rows' column, e.g. `{answer: solution}`."""
+
+
+class RolloutConfig(Strict):
+    """How completions are drawn."""
+
+    engine: Literal["hf", "trl"] = "hf"
+    """`hf`: our batched engine on the live model; `trl`: TRL's own generation (the neutral setting)."""
+    max_tokens: Positive = 256
+    """Completion limit in tokens."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature; the policy's probabilities are taken at the same one."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus truncation; 1 is off."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Keep the k likeliest tokens; 0 is off."""
+    batch: Positive = 64
+    """Most completions drawn at once (engine `hf`)."""
+    correction: Literal["none", "token_truncate", "sequence_mask"] = "none"
+    """Correction where sampled and recomputed probabilities differ; see `correction_cap`."""
+    correction_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Cap of the ratio: truncated to it (token), or the sequence is masked above it."""
+
+    @model_validator(mode="after")
+    def _ours_only(self) -> RolloutConfig:
+        if self.engine == "trl" and self.correction != "none":
+            raise ValueError("correction needs engine: hf; with engine: trl TRL's own sampler and loss agree by construction")
+        return self
+
+
+class GRPOStage(TrainConfig):
+    """Fields of `method: grpo`."""
+
+    method: Literal["grpo"] = "grpo"
+    """Group-relative policy optimization."""
+    group: Annotated[int, Field(ge=2)] = 8
+    """Completions of each row that are compared with one another."""
+    rewards: Annotated[list[RewardUse], Field(min_length=1)] = [RewardUse(use="exact")]
+    """Rewards, summed by weight; None from a reward means that it does not apply to the row."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Sampling."""
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL divergence to the stage's input model."""
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Clip range of the probability ratio, below 1 (and above, unless `epsilon_high` is given)."""
+    epsilon_high: Annotated[float, Field(gt=0)] | None = None
+    """Clip range above 1."""
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"] = "dapo"
+    """Normalisation of the token losses; TRL's names. `dapo` divides by the unmasked tokens of the batch."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Standard deviation that advantages are divided by."""
+    mask_truncated: bool = False
+    """Leave completions that reached the token limit out of the loss; a step in which all did changes nothing."""
+    num_iterations: Positive = 1
+    """Updates on each batch of completions."""
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> GRPOStage:
+        rows = self.batch.rows or self.batch.per_device
+        if self.batch.tokens is not None:
+            raise ValueError("batch.tokens is for packed sequences; give batch.rows, the completions of one step")
+        if rows % self.group:
+            raise ValueError(f"batch.rows ({rows}) must be a multiple of group ({self.group})")
+        if self.data.packing or self.data.weights == "loss":
+            raise ValueError("data.packing and data.weights: loss are for supervised training")
+        if self.rollout.max_tokens >= self.data.max_length:
+            raise ValueError(f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in data.max_length ({self.data.max_length})")
+        names = [item.use for item in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError("a reward is named twice")
+        return self
+
+
+def estimate(cfg: GRPOStage) -> dict[str, float]:
+    """Upper bound of the completion tokens of a run given by `steps`."""
+    return {"tokens": cfg.steps * (cfg.batch.rows or cfg.batch.per_device) * cfg.rollout.max_tokens} if cfg.steps else {}
+
+
+@stage("grpo", config=GRPOStage, inputs={"model": model_port(), "data": data_port("verifiable")}, output="model", evals=True, estimate=estimate)
+def run(cfg: GRPOStage, ctx: StageContext) -> None:
+    """Reinforces `ctx.inputs["model"]` on the tasks of `ctx.inputs["data"]`."""
+    from posttrain.trainers._grpo_run import run_grpo
+
+    run_grpo(cfg, ctx)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "GRPOTrainer":
+        from posttrain.trainers._grpo import GRPOTrainer
+
+        return GRPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
