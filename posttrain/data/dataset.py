@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     from posttrain.core.events import Events
 
 __all__ = [
-    "heldout_keys", "load_rows", "mix_rows", "open_rows", "repeat_rows", "source_digest", "training_rows", "write_dataset",
+    "heldout_keys",
+    "load_rows",
+    "mix_rows",
+    "open_rows",
+    "repeat_rows",
+    "source_digest",
+    "training_rows",
+    "write_dataset",
 ]
 
 Row = dict[str, Any]
@@ -95,7 +102,9 @@ def _take_shares(refs: list[InputRef], parts: list[list[Row]], seed: int) -> lis
 
 
 def _take_repeats(refs: list[InputRef], parts: list[list[Row]], seed: int) -> list[list[tuple[int, Row]]]:
-    return [_repeated(rows, 1.0 if ref.repeat is None else ref.repeat, seed, i) for i, (ref, rows) in enumerate(zip(refs, parts, strict=True))]
+    return [
+        _repeated(rows, 1.0 if ref.repeat is None else ref.repeat, seed, i) for i, (ref, rows) in enumerate(zip(refs, parts, strict=True))
+    ]
 
 
 def _repeated(rows: list[Row], times: float, seed: int, part: int) -> list[tuple[int, Row]]:
@@ -115,7 +124,11 @@ def _subset(rows: list[Row], count: int, seed: int, part: int) -> list[Row]:
 def _interleaved(taken: list[list[tuple[int, Row]]], seed: int) -> list[Row]:
     if len(taken) == 1:
         return [row for _, row in taken[0]]
-    tagged = [(unit_hash("mix", seed, part, copy, row["id"]), part, i, row) for part, rows in enumerate(taken) for i, (copy, row) in enumerate(rows)]
+    tagged = [
+        (unit_hash("mix", seed, part, copy, row["id"]), part, i, row)
+        for part, rows in enumerate(taken)
+        for i, (copy, row) in enumerate(rows)
+    ]
     return [row for *_, row in sorted(tagged, key=lambda item: item[:3])]
 
 

@@ -75,7 +75,9 @@ def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
 
 def _missing(row: dict[str, Any], name: str, note: str = "") -> RowError:
     there = ", ".join(list(row)[:20]) or "none"
-    return RowError(f"missing {name}", f"the column `{name}`{note} is missing; columns there: {there}", "name the right column under `columns`")
+    return RowError(
+        f"missing {name}", f"the column `{name}`{note} is missing; columns there: {there}", "name the right column under `columns`"
+    )
 
 
 def _check_number(row: dict[str, Any], name: str) -> None:
@@ -106,7 +108,9 @@ def _prompt(row: dict[str, Any]) -> dict[str, Any]:
         return {"prompt": prompt}
     turns = _turns(prompt, "prompt")
     if turns[-1]["role"] == "assistant":
-        raise RowError("prompt ends with assistant", "the prompt ends with an assistant turn", "move that turn to `answer` or use `kind: messages`")
+        raise RowError(
+            "prompt ends with assistant", "the prompt ends with an assistant turn", "move that turn to `answer` or use `kind: messages`"
+        )
     return {"prompt": turns}
 
 
@@ -195,7 +199,9 @@ def _content(turn: dict[str, Any], place: str, calls: bool) -> str:
     if content is None and turn["role"] == "assistant" and (calls or turn.get("reasoning_content")):
         return ""
     if content is None:
-        raise RowError("turn without content", f"`{place}` ({turn['role']}) has no content and no tool call", "drop the row, or write the text")
+        raise RowError(
+            "turn without content", f"`{place}` ({turn['role']}) has no content and no tool call", "drop the row, or write the text"
+        )
     raise RowError("content not text", f"`{place}.content` must be text, got {_type(content)}", "only text is supported")
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from posttrain.core.events import Events
 
 DATASET_GLOB = "rows-*"
+LISTED = 20
+LOOK_ON = 10_000
 _RACY_S = 2.0
 
 
@@ -74,7 +76,9 @@ def split_shares(ref: InputRef) -> tuple[float, float]:
 
 def _all_rows(ref: InputRef, events: Events | None, bad: BadRows) -> Iterator[dict[str, Any]]:
     if ref.kind != "dataset":
-        raise ConfigError(f"expected a dataset, got {ref.kind}", where=f"in.{ref.port}", fix="refer to a source or a stage that writes rows")
+        raise ConfigError(
+            f"expected a dataset, got {ref.kind}", where=f"in.{ref.port}", fix="refer to a source or a stage that writes rows"
+        )
     if ref.origin == "source":
         yield from _source_rows(ref, events, bad)
         return
@@ -84,15 +88,38 @@ def _all_rows(ref: InputRef, events: Events | None, bad: BadRows) -> Iterator[di
 
 
 def _source_rows(ref: InputRef, events: Events | None, bad: BadRows) -> Iterator[dict[str, Any]]:
+    if ref.spec.get("on_bad", "stop") == "skip":
+        yield from _checked_rows(ref, events, bad)
+        return
+    faults, after = BadRows(keep=LISTED), 0
+    for row in _checked_rows(ref, events, faults):
+        if not faults.total:
+            yield row
+            continue
+        after += 1
+        if faults.total >= LISTED or after >= LOOK_ON:
+            break
+    if faults.total:
+        raise _listed(faults)
+
+
+def _listed(faults: BadRows) -> DataError:
+    """One error for the bad rows found: the first, and those within the next LOOK_ON good rows."""
+    where, message, fix = faults.first
+    others = [f"also {line}" for line in faults.examples[1:]]
+    more = ["... and perhaps more"] if faults.total >= LISTED else []
+    return DataError("\n  ".join([message, *others, *more]), where=where, fix=fix or "mend the rows, or set `on_bad: skip`")
+
+
+def _checked_rows(ref: InputRef, events: Events | None, bad: BadRows) -> Iterator[dict[str, Any]]:
     spec = ref.spec
-    on_bad = spec.get("on_bad", "stop")
     columns = dict(spec.get("columns") or {}) | ({"answer": spec["answer"]} if spec.get("answer") else {})
-    raw = _hub_rows(spec, on_bad, bad) if spec.get("hub") else _shard_rows(expand_shards(spec["path"]), ref.name, on_bad, events, bad)
+    raw = _hub_rows(spec, bad) if spec.get("hub") else _shard_rows(expand_shards(spec["path"]), ref.name, "skip", events, bad)
     for where, row in raw:
         try:
             row = checked(row, spec["kind"], columns)
         except RowError as error:
-            bad.take(error, where, on_bad)
+            bad.take(error, where, "skip")
         else:
             yield Row(row, where=where)
 
@@ -109,20 +136,22 @@ def _shard_rows(files: list[Path], name: str, on_bad: str, events: Events | None
         events.progress(f"read {name}", len(files), len(files), "shards", rows=rows)
 
 
-def _hub_rows(spec: dict[str, Any], on_bad: str, bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
+def _hub_rows(spec: dict[str, Any], bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
     place = f"{spec['hub']}@{spec['revision'][:8]}"
     try:
         import datasets
 
         found = datasets.load_dataset(spec["hub"], spec.get("config"), split=spec.get("hub_split", "train"), revision=spec["revision"])
     except Exception as error:
-        raise DataError(f"cannot load the hub dataset: {error}", where=place, fix="check id, revision and network, or download it and give `path`") from None
+        raise DataError(
+            f"cannot load the hub dataset: {error}", where=place, fix="check id, revision and network, or download it and give `path`"
+        ) from None
     for number, row in enumerate(found, 1):
         try:
             row = {key: plain(value) for key, value in row.items()}
             check_surrogates(row)
         except RowError as error:
-            bad.take(error, f"{place}:{number}", on_bad)
+            bad.take(error, f"{place}:{number}", "skip")
         else:
             yield f"{place}:{number}", row
 

@@ -79,7 +79,11 @@ def run(cfg: MakeStdlibConfig, ctx: StageContext) -> None:
     files = stdlib_files(cfg.modules, cfg.exclude_modules)
     rows, dropped = _collect(cfg, ctx, files)
     if not rows:
-        raise DataError(f"no text of {cfg.min_chars} to {cfg.max_chars} characters in {len(files)} source files", where=f"stages.{ctx.name}", fix="widen `modules`, `min_chars` or `max_chars`")
+        raise DataError(
+            f"no text of {cfg.min_chars} to {cfg.max_chars} characters in {len(files)} source files",
+            where=f"stages.{ctx.name}",
+            fix="widen `modules`, `min_chars` or `max_chars`",
+        )
     rows.sort(key=lambda row: hashlib.sha256(f"{ctx.seed}/{row['id']}".encode()).digest())
     rows = rows[: cfg.max_rows]
     facts = write_dataset(rows, ctx.out, "text", rows_per_shard=-(-len(rows) // cfg.shards))

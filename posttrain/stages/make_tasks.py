@@ -67,7 +67,9 @@ class MakeArithmeticConfig(StageConfig):
     def _enough(self) -> MakeArithmeticConfig:
         space = problem_count(self.ops, self.digits)
         if (self.rows or 0) > space:
-            raise ValueError(f"rows: {self.rows} exceeds the {space} different problems of {self.digits} digits; lower it or raise `digits`")
+            raise ValueError(
+                f"rows: {self.rows} exceeds the {space} different problems of {self.digits} digits; lower it or raise `digits`"
+            )
         if self.rows is None and space > ALL_ROWS_LIMIT:
             raise ValueError(f"there are {space} problems of {self.digits} digits; set `rows`")
         return self
@@ -106,4 +108,8 @@ def problem(index: int, cfg: MakeArithmeticConfig) -> dict[str, str]:
     width = max(2 * cfg.digits if o == "*" else cfg.digits + 1 for o in cfg.ops) if cfg.pad else 0
     left, right = (f"{n:0{cfg.digits}d}" if cfg.pad else str(n) for n in (a, b))
     answer = OPS[op](a, b)
-    return {"prompt": cfg.prompt.format(a=left, b=right, op=op), "answer": f"{answer:0{width}d}" if cfg.pad else str(answer), "id": f"{a}{op}{b}"}
+    return {
+        "prompt": cfg.prompt.format(a=left, b=right, op=op),
+        "answer": f"{answer:0{width}d}" if cfg.pad else str(answer),
+        "id": f"{a}{op}{b}",
+    }

@@ -1,0 +1,81 @@
+"""Parquet rows as the same Python values that JSON lines give, read in batches within one row group at a time.
+
+Large, dictionary and plain column types read the same. Batches never cross row groups, since nested dictionary columns
+cannot be joined over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.bad_rows import BadRows
+from posttrain.data.strict_json import RowError, check_surrogates
+from posttrain.errors import DataError
+
+PARQUET_BATCH = 64
+
+
+def parquet_rows(path: Path, on_bad: str, bad: BadRows, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.stat().st_size == 0:
+        return
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path, memory_map=False) as table:
+            for group in range(table.num_row_groups):
+                for batch in table.iter_batches(batch_size=PARQUET_BATCH, row_groups=[group]):
+                    if number + batch.num_rows > start:
+                        yield from _batch_rows(batch, number, path, on_bad, bad, start)
+                    number += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"damaged or unreadable parquet after row {number}: {error}", where=str(path), fix="fetch or write it again"
+        ) from None
+
+
+def _batch_rows(batch: Any, before: int, path: Path, on_bad: str, bad: BadRows, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, row in enumerate(_to_rows(batch), before + 1):
+        if number <= start:
+            continue
+        try:
+            row = {name: plain(value) for name, value in row.items()}
+            check_surrogates(row)
+        except RowError as error:
+            bad.take(error, f"{path}:{number}", on_bad)
+        else:
+            yield number, row
+
+
+def _to_rows(batch: Any) -> list[dict[str, Any]]:
+    import pyarrow
+
+    try:
+        return batch.to_pylist()
+    except (UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise DataError(f"a column cannot be read as rows: {error}") from None
+
+
+def plain(value: Any) -> Any:
+    """A column value as JSON has it: dates as ISO text, bytes as UTF-8 text, decimals as text.
+
+    Unset fields of a struct are dropped: a struct column holds every field for every row, with null where a row never
+    had it, and only by dropping them do rows read the same from parquet as from JSON lines.
+    """
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise RowError("not UTF-8", "a binary column is not UTF-8 text", "drop the column or decode it") from None
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        raise RowError("not finite", f"a column holds {value}", "write null or a finite number")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
