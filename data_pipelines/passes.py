@@ -161,9 +161,19 @@ def _fit(job: Job, raw: list[Shard], target: list[Shard], pool: Any, ctx: StageC
         try:
             save_arrays(path, job.methods.merge(_stored(job, "raw", raw), _stored(job, "target", target), job.config))
         except DataError as error:
-            places = ", ".join(f"{role}: {shards[0].path or shards[0].label}" for role, shards in (("target", target), ("raw", raw)))
-            raise DataError(error.message, where=f"stages.{ctx.name}.in ({places})", fix=error.fix) from None
+            raise DataError(f"{error.message} ({_census(job, raw, target)})", where=f"stages.{ctx.name}.in", fix=error.fix) from None
     return load_arrays(path)
+
+
+def _census(job: Job, raw: list[Shard], target: list[Shard]) -> str:
+    """What there was to read and what was left out, for the message of a fit that cannot be done."""
+    parts = []
+    for role, shards in (("raw", raw), ("target", target)):
+        left: Counter[str] = Counter()
+        rows = sum(1 for shard in shards for _ in shard_rows(shard, job.heldout, left))
+        parts.append(f"{role}: {shards[0].path or shards[0].label}{' ...' if len(shards) > 1 else ''}, {rows} rows")
+        parts += [f"{count} {name}" for name, count in sorted(left.items())]
+    return ", ".join(parts)
 
 
 def _stored(job: Job, step: str, shards: list[Shard]) -> Iterator[Arrays]:
@@ -257,7 +267,7 @@ def _reconcile(job: Job, shards: list[Shard], ctx: StageContext) -> Counter[str]
     reasons = {name: n for name, n in sorted(counts.items()) if name}
     ctx.summary.update(rows_in=rows, excluded_heldout=left["held out"], skipped=bad, eligible=counts[""], not_eligible=reasons)
     if not rows:
-        raise DataError("no raw rows to select from", where=f"stages.{ctx.name}.in.raw", fix=_left_out(left))
+        raise DataError("no raw rows to select from", where=f"stages.{ctx.name}.in.raw")
     if not counts[""]:
         raise DataError(f"none of {rows} rows is eligible: {_spelled(reasons)}", where=f"stages.{ctx.name}", fix="lower the length limits")
     return counts
@@ -265,10 +275,6 @@ def _reconcile(job: Job, shards: list[Shard], ctx: StageContext) -> Counter[str]
 
 def _spelled(reasons: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in reasons.items())
-
-
-def _left_out(left: Counter[str]) -> str:
-    return f"left out before scoring: {_spelled(dict(left))}" if left else "the shards are empty"
 
 
 def _keys(job: Job, shards: list[Shard], unit: str) -> Iterator[tuple[Keys, dict[str, np.ndarray]]]:

@@ -1,0 +1,215 @@
+"""DSIR's features, weights and report against a slow float64 reference, and hostile rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines import dsir, ngrams
+from data_pipelines.budget import Budget
+from data_pipelines.ngrams import Hasher
+from posttrain.errors import ConfigError, DataError
+
+CASES = Path(__file__).parent.parent / "cases"
+REPO = Path(__file__).parent.parent.parent
+
+TEXTS = [
+    "", " ", "\n\n", "!!!", "a", "Hello, world: hello", "a_b __c 1.5e-3 ... (x)", "Straße ΟΔΟΣ ΣΑΣ İx naïve café", "日本語 テスト です。",
+    "\U0001f642 emoji\U0001f642", "tab\tand\x1cfs\u2028line\u00a0nbsp", "x" * 5000, "e\u0301 combining", "\ud800 lone", "nul\x00nul",
+    "the quick brown fox " * 40, "word " * 3 + "end",
+]
+
+
+def slow_counts(text: str, n: int, buckets: int) -> dict[int, int]:
+    words = re.findall(r"\w+|[^\w\s]+", text.lower())
+    counts: dict[int, int] = {}
+    for m in range(1, n + 1):
+        for i in range(len(words) - m + 1):
+            gram = " ".join(words[i : i + m]).encode("utf-8", "surrogatepass")
+            bucket = int(hashlib.sha256(gram).hexdigest(), 16) % buckets
+            counts[bucket] = counts.get(bucket, 0) + 1
+    return counts
+
+
+def dense(counts: dict[int, int], buckets: int) -> list[int]:
+    return [counts.get(i, 0) for i in range(buckets)]
+
+
+def config(**fields):
+    return dsir.DsirConfig.model_validate({"name": "s", "method": "select.dsir", "budget": {"rows": 2}, **fields})
+
+
+def rows(texts):
+    return [{"id": str(i), "text": text} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("n,buckets", [(1, 16), (2, 10_000), (3, 997), (5, 100_003)])
+def test_counts_equal_the_slow_reference(n, buckets):
+    hasher = Hasher(n, buckets)
+    for text in TEXTS:
+        assert hasher.count([text]).tolist() == dense(slow_counts(text, n, buckets), buckets), repr(text[:30])
+
+
+def test_weights_equal_the_slow_reference_in_float64():
+    log_diff = np.random.default_rng(0).normal(size=1000)
+    score, words, grams = Hasher(2, 1000).weigh(TEXTS, log_diff)
+    for i, text in enumerate(TEXTS):
+        counts = slow_counts(text, 2, 1000)
+        assert score[i] == pytest.approx(math.fsum(log_diff[b] * c for b, c in counts.items()), abs=1e-9)
+        assert grams[i] == sum(counts.values())
+        assert words[i] == len(re.findall(r"\w+|[^\w\s]+", text.lower()))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["sha256", "fast"])
+def test_long_rows_in_windows_count_the_same(monkeypatch, n, kind):
+    text = " ".join(TEXTS) * 3
+    whole = Hasher(n, 500, kind)
+    counts, (_, words, grams) = whole.count([text, "short"]), whole.weigh([text, "short"], np.zeros(500))
+    monkeypatch.setattr(ngrams, "WINDOW", 300)
+    cut = Hasher(n, 500, kind)
+    assert sum(1 for _ in ngrams.pieces([text], n)) > 5
+    assert (cut.count([text, "short"]) == counts).all()
+    _, cut_words, cut_grams = cut.weigh([text, "short"], np.zeros(500))
+    assert cut_words.tolist() == words.tolist() and cut_grams.tolist() == grams.tolist()
+
+
+def test_the_table_never_changes_the_result(monkeypatch):
+    expected = Hasher(2, 1000).count(TEXTS)
+    monkeypatch.setattr(ngrams, "TABLE_BITS", 3)
+    tiny = Hasher(2, 1000)
+    assert (tiny.count(TEXTS) == expected).all() and (tiny.count(TEXTS) == expected).all()
+
+
+def test_a_row_weighs_the_same_bits_in_any_batch():
+    log_diff = np.random.default_rng(1).normal(size=10_000)
+    texts = [t for t in TEXTS for _ in range(2)]
+    together = Hasher().weigh(texts, log_diff)[0]
+    alone = [Hasher.weigh(ngrams.shared_hasher(2, 10_000, "sha256"), [t], log_diff)[0][0] for t in texts]
+    backwards = Hasher().weigh(texts[::-1], log_diff)[0][::-1]
+    assert together.tolist() == alone == backwards.tolist()
+
+
+def test_fast_hash_is_fixed_and_spreads():
+    counts = Hasher(1, 64, "fast").count([" ".join(f"w{i}" for i in range(6400))])
+    assert counts.sum() == 6400 and counts.min() > 50 and counts.max() < 160
+    assert np.flatnonzero(Hasher(2, 10_000, "fast").count(["hello world"])).tolist() == [2255, 3369, 9196]
+
+
+def test_state_and_report_follow_the_formulas():
+    cfg = config(buckets=64, target_pseudo=0.5, smoothing=1e-6)
+    raw, target, chosen = ["a b c d e", "x y z w v u"], ["a b c"], ["a b c d e"]
+    state = dsir.merge([dsir.fit_shard(rows([t]), cfg, "raw") for t in raw], [dsir.fit_shard(rows(target), cfg, "target")], cfg)
+    total = {name: np.sum([dense(slow_counts(t, 2, 64), 64) for t in texts], axis=0) for name, texts in (("q", raw), ("p", target), ("s", chosen))}
+    p = (total["p"] + 0.5) / (total["p"].sum() + 32)
+    q, s = total["q"] / total["q"].sum(), total["s"] / total["s"].sum()
+    np.testing.assert_allclose(state["log_diff"], np.log(p + 1e-6) - np.log(q + 1e-6), rtol=1e-14)
+    report = dsir.report(state, [dsir.fit_shard(rows(chosen), cfg, "picked")], cfg)
+    kl = [math.fsum(a * (math.log(a + 1e-6) - math.log(b + 1e-6)) for a, b in zip(p, other, strict=True)) for other in (q, s)]
+    assert report["kl_reduction"] == pytest.approx(kl[0] - kl[1], abs=1e-12)
+
+
+def test_mean_divides_by_the_ngrams():
+    cfg = config(length="mean", buckets=64)
+    state = {"log_diff": np.random.default_rng(0).normal(size=64)}
+    scored = dsir.score(rows(["a b c", "a b c " * 9]), state, cfg)
+    total = dsir.score(rows(["a b c", "a b c " * 9]), state, config(buckets=64))
+    np.testing.assert_allclose(scored["score"], total["score"] / [5, 53])
+
+
+def test_length_limits_name_their_reason():
+    scored = dsir.score(rows(["", "a b", "a b c", "a b c d"]), {"log_diff": np.zeros(10_000)}, config(min_words=3, max_words=3))
+    assert scored["reason"].tolist() == ["without words", "below 3 words", "", "above 3 words"]
+
+
+def test_fit_share_takes_rows_by_hash_not_a_prefix():
+    cfg = config(fit_share=0.5)
+    data = [{"id": f"r{i}", "text": f"w{i}"} for i in range(400)]
+    forward, backward = dsir.fit_shard(data, cfg, "raw"), dsir.fit_shard(data[::-1], cfg, "raw")
+    assert (forward["counts"] == backward["counts"]).all() and 150 < forward["counts"].sum() < 250
+    first = dsir.fit_shard(data[:200], cfg, "raw")["counts"].sum()
+    assert 60 < first < 140
+    assert dsir.fit_shard(data, cfg, "target")["counts"].sum() == 400
+
+
+def write(path: Path, data) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in data), encoding="utf-8")
+    return path
+
+
+def test_c88_rows_without_words_cannot_win(tmp_path):
+    summary = dsir.select(CASES / "C88-empty-texts.jsonl", write(tmp_path / "t.jsonl", [{"text": "rivers and bridges"}]), tmp_path / "o", rows=4)
+    assert summary["not_eligible"] == {"without words": 3} and summary["rows_out"] == 4
+    import pyarrow.parquet as pq
+
+    assert np.isfinite(pq.read_table(tmp_path / "o" / "scores-00000.parquet")["score"].to_numpy()).all()
+
+
+@pytest.mark.parametrize("lines", ["", '{"text": ""}\n{"text": " "}\n'])
+def test_c88_empty_target_is_refused_with_its_path(tmp_path, lines):
+    target = tmp_path / "empty.jsonl"
+    target.write_text(lines)
+    with pytest.raises(DataError) as caught:
+        dsir.select(CASES / "C88-empty-texts.jsonl", target, tmp_path / "o", rows=1, target_kind="text")
+    assert "empty.jsonl" in str(caught.value)
+
+
+def test_c49_surrogates_are_refused_by_row_or_skipped(tmp_path):
+    target = write(tmp_path / "t.jsonl", [{"text": "some words"}])
+    with pytest.raises(DataError, match=r"C49-surrogates.jsonl:\d+"):
+        dsir.select(CASES / "C49-surrogates.jsonl", target, tmp_path / "a", rows=1)
+    summary = dsir.select(CASES / "C49-surrogates.jsonl", target, tmp_path / "b", rows=1, on_bad="skip")
+    assert summary["skipped"] >= 1 and summary["rows_out"] == 1
+
+
+def test_c90_a_budget_beyond_the_data_is_said(tmp_path):
+    raw, target = write(tmp_path / "r.jsonl", [{"text": t} for t in ("a b", "", "c d")]), write(tmp_path / "t.jsonl", [{"text": "a"}])
+    summary = dsir.select(raw, target, tmp_path / "o", rows=128)
+    assert summary["rows_out"] == 2 and "asked for 128 rows, only 2 are eligible of 3 rows (1 without words)" in summary["short"]
+    with pytest.raises(DataError, match="only 2 are eligible"):
+        dsir.select(raw, target, tmp_path / "o2", rows=128, on_short="stop")
+
+
+@pytest.mark.parametrize("given", [{}, {"rows": 1, "share": 0.5}, {"rows": 0}, {"share": 1.5}, {"rows": "3"}])
+def test_a_budget_has_exactly_one_positive_unit(given):
+    with pytest.raises(ValueError):
+        Budget.model_validate(given)
+
+
+def test_the_door_explains_itself(tmp_path):
+    raw = write(tmp_path / "r.jsonl", [{"text": "a b"}])
+    with pytest.raises(ConfigError, match="min_wrods"):
+        dsir.select(raw, raw, tmp_path / "o", rows=1, min_wrods=3)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "x").touch()
+    with pytest.raises(ConfigError, match="not empty"):
+        dsir.select(raw, raw, tmp_path / "used", rows=1)
+    with pytest.raises(DataError, match="exceeds the budget"):
+        dsir.select(raw, raw, tmp_path / "o", tokens=1)
+
+
+def test_the_hash_seed_of_python_does_not_matter(tmp_path):
+    raw = write(tmp_path / "r.jsonl", [{"text": f"word{i % 7} other{i % 5} and more", "n": i} for i in range(60)])
+    target = write(tmp_path / "t.jsonl", [{"text": "word3 and word4"}])
+    code = "import sys; from data_pipelines import dsir; dsir.select(sys.argv[1], sys.argv[2], sys.argv[3], rows=9)"
+    for seed in "12":
+        env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(REPO)}
+        subprocess.run([sys.executable, "-c", code, raw, target, tmp_path / seed], env=env, check=True, timeout=120)
+    files = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "2").iterdir())
+    assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() for name in files)
+
+
+def test_the_stage_module_is_light():
+    code = "import sys, data_pipelines.dsir; print([m for m in ('numpy', 'pyarrow', 'torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
