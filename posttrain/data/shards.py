@@ -47,8 +47,10 @@ def expand_shards(paths: str | Path | Iterable[str | Path]) -> list[Path]:
         DataError: a path that matches nothing, a folder without shards, or a file of an unknown format.
     """
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
-    found = [file for path in listed for file in _expand(str(path))]
-    return list({file.resolve(): file for file in reversed(found)}.values())[::-1]
+    found: dict[Path, Path] = {}
+    for file in (file for path in listed for file in _expand(str(path))):
+        found.setdefault(file.resolve(), file)
+    return list(found.values())
 
 
 def _expand(text: str) -> list[Path]:

@@ -61,10 +61,11 @@ def _short(text: str) -> str:
 
 
 def check_depth(value: Any, limit: int = MAX_DEPTH) -> None:
-    """Refuses nesting deeper than `limit`, without recursion."""
+    """Refuses a list or dict nested deeper than `limit`, without recursion."""
     level = [value]
-    for _ in range(limit + 1):
-        level = [item for node in level if isinstance(node, dict | list) for item in (node.values() if isinstance(node, dict) else node)]
+    for _ in range(limit):
+        inside = (item for node in level for item in (node.values() if isinstance(node, dict) else node))
+        level = [item for item in inside if isinstance(item, dict | list)]
         if not level:
             return
     raise RowError("nested too deep", f"nested more than {limit} levels deep", "flatten the row")
