@@ -184,6 +184,17 @@ class CheckpointConfig(Strict):
     """Complete checkpoints kept; older ones are deleted only after a newer one is complete."""
 
 
+class RewardUse(Strict):
+    """One reward of a weighted sum."""
+
+    use: str
+    """Name of a reward."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+    columns: dict[str, str] = {}
+    """The reward's column -> the rows' column, e.g. `{answer: solution}`."""
+
+
 class EvalSet(Strict):
     """One named set of rows and what to measure on it."""
 

@@ -203,7 +203,10 @@ def get_reward(name: str) -> RewardFunction:
 
 
 def score(
-    rewards: str | Sequence[str] | Mapping[str, float], completions: Sequence[Any], columns: Mapping[str, Any] | None = None
+    rewards: str | Sequence[str] | Mapping[str, float],
+    completions: Sequence[Any],
+    columns: Mapping[str, Any] | None = None,
+    rename: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Scores:
     """Scores completions by a weighted mixture.
 
@@ -211,16 +214,19 @@ def score(
         rewards: a name, names (weight 1 each), or name -> weight.
         completions: texts, or lists of messages.
         columns: dataset columns, one value a completion.
+        rename: reward -> {its column: the dataset's column}.
 
     Returns:
         Scores; see the module's formula.
     """
     weights = {rewards: 1.0} if isinstance(rewards, str) else dict(rewards) if isinstance(rewards, Mapping) else dict.fromkeys(rewards, 1.0)
-    before = Counter(failures())
-    parts = {name: get_reward(name)(completions, **dict(columns or {})) for name in weights}
+    given, before = dict(columns or {}), Counter(failures())
+    parts = {}
+    for name in weights:
+        own = {ours: given.get(theirs) for ours, theirs in (rename or {}).get(name, {}).items()}
+        parts[name] = get_reward(name)(completions, **{**given, **own})
     total: list[float | None] = []
     for row in range(len(completions)):
-        applied = [(weights[name], values[row]) for name, values in parts.items()]
-        present = [weight * value for weight, value in applied if value is not None]
+        present = [weights[name] * value for name, values in parts.items() if (value := values[row]) is not None]
         total.append(sum(present) if present else None)
     return Scores(total, parts, dict(Counter(failures()) - before))
