@@ -150,8 +150,10 @@ def pack(dataset: Dataset, max_length: int) -> Dataset:
     return trl.pack_dataset(dataset.select_columns(["input_ids", "labels"]), max_length, "bfd")
 
 
-def build(cfg: Any, ctx: StageContext, loaded: Any, dataset: Dataset) -> tuple[SFTTrainer, Schedule]:
-    """The trainer of a stage, its rows laid out in the order in which they will be read."""
+def build(
+    cfg: Any, ctx: StageContext, loaded: Any, dataset: Dataset, trainer_class: type[SFTTrainer] = SFTTrainer, **options: Any
+) -> tuple[SFTTrainer, Schedule]:
+    """The trainer of a stage, its rows laid out in the order in which they will be read; `options` go to its constructor."""
     if cfg.data.packing:
         dataset = pack(dataset, cfg.data.max_length)
     rows = global_rows(cfg.batch, cfg.data.max_length)
@@ -162,23 +164,24 @@ def build(cfg: Any, ctx: StageContext, loaded: Any, dataset: Dataset) -> tuple[S
         trl.SFTConfig, cfg, ctx, plan, loaded.model,
         max_length=cfg.data.max_length, packing=cfg.data.packing, dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
-    trainer = SFTTrainer(
+    trainer = trainer_class(
         loaded.model,
         args=args,
         train_dataset=dataset.select(order),
         processing_class=loaded.tokenizer,
         peft_config=peft_config(cfg.lora, loaded.model),
         events=ctx.events,
+        **options,
     )
     return trainer, plan
 
 
-def run_sft(cfg: Any, ctx: StageContext) -> None:
-    """The stage `sft`; see `sft.py`."""
+def run_sft(cfg: Any, ctx: StageContext, trainer_class: type[SFTTrainer] = SFTTrainer, **options: Any) -> None:
+    """The stage `sft`; see `sft.py`. A variant of it passes its own subclass and what that one's constructor takes more."""
     loaded = load_for_training(cfg, ctx)
     dataset = rows_to_dataset(cfg, ctx, loaded.model, loaded.tokenizer)
     evaluate_around(ctx, "before", loaded.model, loaded.tokenizer)
-    trainer, plan = build(cfg, ctx, loaded, dataset)
+    trainer, plan = build(cfg, ctx, loaded, dataset, trainer_class, **options)
     facts = ctx.summary
     describe(ctx, plan, "sequences")
     ctx.events.log(
