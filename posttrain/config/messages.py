@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from posttrain.config.fields import field_at, known_fields, models, annotations_at, nearest, suggest
+from posttrain.config.fields import annotations_at, field_at, known_fields, models, nearest, suggest
 from posttrain.config.load import Mark, Path_, dotted, mark_of
 from posttrain.config.redact import is_secret_name, redact_text
 from posttrain.errors import Problem
@@ -88,7 +89,11 @@ def _type_fix(kind: str, value: Any, mark: Mark | None, fields: str, required: b
 def _bound(error: dict[str, Any]) -> str:
     ctx = error.get("ctx", {})
     words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than", "multiple_of": "a multiple of"}
-    return " and ".join(f"{words[k]} {v:g}" for k, v in ctx.items() if k in words)
+    return " and ".join(f"{words[k]} {v if isinstance(v, int) else format(v, 'g')}" for k, v in ctx.items() if k in words)
+
+
+def _doc(field: FieldInfo | None) -> str:
+    return (field.description or "").split("\n")[0] if field else ""
 
 
 def _literal(error: dict[str, Any], value: Any) -> tuple[str, str]:
@@ -150,8 +155,7 @@ class _Translator:
         error, value = errors[0], self.value(path)
         kind = error["type"]
         if kind == "missing":
-            field = field_at(self.root, path)
-            return self.problem(path, "is required", (field.description or "").split("\n")[0] if field else "")
+            return self.problem(path, "is required", _doc(field_at(self.root, path)))
         if kind == "extra_forbidden":
             where = dotted(self.prefix, self.document) + "." if self.prefix else ""
             return self.problem(path, "unknown key", suggest(str(path[-1]), self.root, path[:-1], where, self.top))
@@ -188,7 +192,7 @@ class _Translator:
             return self.problem(path, message, fix)
         bound = _bound(error)
         if bound:
-            return self.problem(path, f"expected a number {bound}, got {got}", "")
+            return self.problem(path, f"expected a number {bound}, got {got}", _doc(field_at(self.root, path)))
         if kind in ("string_too_short", "too_short"):
             return self.problem(path, f"expected at least {ctx.get('min_length', 1)} {'character' if kind == 'string_too_short' else 'item'}(s), got {got}", "give a value")
         if kind in ("string_too_long", "too_long"):

@@ -28,7 +28,9 @@ _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-
 _URL_LOGIN = re.compile(r"(?<=://)([^\s/:@'\"]*):([^\s/@'\"]+)@")
 _URL_USER = re.compile(r"(?<=://)[A-Za-z0-9_.~-]{20,}(?=@)")
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{16,}")
-_PAIR = re.compile(r"""([A-Za-z][A-Za-z0-9_.-]*)(["']?\s*[=:]\s*["']?)([^\s"'&,;{}\[\]]+)""")
+_PAIR = re.compile(
+    r"""(?i)(?<![\w.-])((?=[\w.-]*(?:token|secret|pass|credential|key|authorization))[\w.-]+)(["']?\s{0,3}[=:]\s{0,3}["']?)([^\s"'&,;{}\[\]]+)"""
+)
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 _ALWAYS = {"secret", "password", "passwd", "passphrase", "credential", "credentials", "apikey", "authorization"}

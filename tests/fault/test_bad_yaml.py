@@ -31,7 +31,7 @@ MUTATIONS = [
     ("seed: 3", "seed: 010", "seed", "write 10"),
     ("seed: 3", "seed: 3.0", "seed", "write 3"),
     ("seed: 3", "seed: -1", "seed", "at least 0"),
-    ("seed: 3", "seed: 99999999999999999999", "seed", "less than 4.29497e+09"),
+    ("seed: 3", "seed: 99999999999999999999", "seed", "less than 4294967296"),
     ("seed: 3", "sead: 3", "sead", "did you mean `seed`?"),
     ("seed: 3", "steps: 3", "steps", "`steps` belongs inside a stage"),
     ("{id: ./tiny}", "{id: gpt2}", "model.id", "write `./gpt2`"),
