@@ -95,6 +95,15 @@ def test_a_shipped_pipeline_validates_without_the_repository(installed: Path, tm
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_new_writes_a_shipped_file_without_the_repository(installed: Path, tmp_path: Path) -> None:
+    listed = _python(installed, tmp_path, "-m", "posttrain", "new", "config", "list")
+    assert "pipelines/quickstart.yaml" in listed.stdout, listed.stderr
+    done = _python(installed, tmp_path, "-m", "posttrain", "new", "config", "pipelines/quickstart.yaml", "--to", str(tmp_path / "mine"))
+    assert done.returncode == 0, done.stderr
+    written = next((tmp_path / "mine").rglob("quickstart.yaml"))
+    assert written.read_bytes() == (REPO / "configs" / "pipelines" / "quickstart.yaml").read_bytes()
+
+
 def test_constraints_satisfy_every_range() -> None:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name

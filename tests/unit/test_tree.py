@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -76,6 +77,15 @@ def test_every_yaml_names_its_schema_and_validates(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=")
     if path.parent.name != "stages":
         assert load_pipeline(path).stages
+
+
+def test_the_schema_that_the_yamls_name_is_the_present_one() -> None:
+    from posttrain.config.schema import json_schema
+
+    named = {(p.parent / m[1]).resolve() for p in YAMLS if (m := re.match(r"# yaml-language-server: \$schema=(\S+)", p.read_text()))}
+    for path in (p for p in named if p.is_relative_to(REPO)):
+        assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(json_schema())), f"posttrain schema > {path.name}"
+    assert named
 
 
 def test_nothing_committed_names_this_machine_or_is_unfinished() -> None:
