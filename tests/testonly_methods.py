@@ -90,17 +90,27 @@ def tasks(cfg: TasksConfig, ctx: Any) -> None:
     """Nothing."""
 
 
-@stage("testonly.train", config=TrainConfig, inputs={"model": model_port(), "data": data_port("messages", "text", "verifiable")}, output="model", evals=True)
+@stage(
+    "testonly.train",
+    config=TrainConfig,
+    inputs={"model": model_port(), "data": data_port("messages", "text", "verifiable")},
+    output="model",
+    evals=True,
+)
 def train(cfg: TrainConfig, ctx: Any) -> None:
     """Nothing."""
 
 
-@stage("testonly.rl", config=RlConfig, inputs={"model": model_port(), "data": data_port("verifiable", many=False)}, output="model", evals=True)
+@stage(
+    "testonly.rl", config=RlConfig, inputs={"model": model_port(), "data": data_port("verifiable", many=False)}, output="model", evals=True
+)
 def rl(cfg: RlConfig, ctx: Any) -> None:
     """Nothing."""
 
 
-@stage("testonly.quant", config=QuantConfig, inputs={"model": model_port(), "calib": data_port(optional=True)}, output="quantized", evals=True)
+@stage(
+    "testonly.quant", config=QuantConfig, inputs={"model": model_port(), "calib": data_port(optional=True)}, output="quantized", evals=True
+)
 def quant(cfg: QuantConfig, ctx: Any) -> None:
     """Nothing."""
 

@@ -18,10 +18,13 @@ _VERIFIED = ("accuracy", "pass@k")
 
 def check_names(pipeline: Pipeline) -> list[Problem]:
     """Names used twice, the reserved name, seeds out of range, a hub model without a revision."""
-    problems, seen = [], {}
+    problems: list[Problem] = []
+    seen: dict[str, int] = {}
     for index, stage in enumerate(pipeline.stages):
         if stage.name in seen:
-            problems.append(Problem(f"stages.{index}.name", f"stage {seen[stage.name]} (from 0) is also called `{stage.name}`", "rename one of them"))
+            problems.append(
+                Problem(f"stages.{index}.name", f"stage {seen[stage.name]} (from 0) is also called `{stage.name}`", "rename one of them")
+            )
         elif stage.name in pipeline.sources:
             problems.append(Problem(f"stages.{stage.name}.name", "a source has the same name", "rename one of them"))
         seen.setdefault(stage.name, index)
@@ -59,10 +62,18 @@ def _check_set(wirer: _Wirer, path: str, item: EvalSet) -> None:
         wirer.add(f"{path}.from", f"`{ref.name}` is a {ref.kind}, expected rows", "name a source or a stage that makes a dataset")
         return
     if ref.split not in ("validation", "test"):
-        wirer.add(f"{path}.from", f"`{item.from_}` is not held out; what is measured must not be trained on", f"write `{ref.name}:validation` or `{ref.name}:test`")
+        wirer.add(
+            f"{path}.from",
+            f"`{item.from_}` is not held out; what is measured must not be trained on",
+            f"write `{ref.name}:validation` or `{ref.name}:test`",
+        )
     verified = [m for m in item.metrics if m in _VERIFIED]
     if verified and ref.rows and ref.rows != "verifiable":
-        wirer.add(f"{path}.metrics", f"`{verified[0]}` needs verifiable rows, but `{ref.name}` holds {ref.rows} rows", "use `loss` or `perplexity`, or another source")
+        wirer.add(
+            f"{path}.metrics",
+            f"`{verified[0]}` needs verifiable rows, but `{ref.name}` holds {ref.rows} rows",
+            "use `loss` or `perplexity`, or another source",
+        )
     if not item.metrics:
         wirer.add(f"{path}.metrics", "nothing to measure", "write [loss]")
 
@@ -75,7 +86,11 @@ def _check_stage_eval(wirer: _Wirer, stage: object) -> None:
         if item not in pipeline.eval.sets:
             near = nearest(item, pipeline.eval.sets)
             known = ", ".join(pipeline.eval.sets) or "none"
-            wirer.add(f"stages.{name}.eval.sets.{place}", f"no eval set is called `{item}`", f"did you mean `{near}`?" if near else f"known sets: {known}")
+            wirer.add(
+                f"stages.{name}.eval.sets.{place}",
+                f"no eval set is called `{item}`",
+                f"did you mean `{near}`?" if near else f"known sets: {known}",
+            )
     best = getattr(getattr(stage, "commit", None), "best", None)
     if best is not None:
         _check_best(wirer, name, best.metric, chosen)
@@ -87,12 +102,26 @@ def _check_best(wirer: _Wirer, name: str, metric: str, chosen: list[str] | None)
     validation = [n for n, s in sets.items() if s.from_.endswith(":validation")]
     if not what or set_name not in sets:
         near = nearest(set_name, validation)
-        fix = f"did you mean `{near}.{what or 'loss'}`?" if near else f"validation sets: {', '.join(validation) or 'none; add one under eval.sets'}"
+        fix = (
+            f"did you mean `{near}.{what or 'loss'}`?"
+            if near
+            else f"validation sets: {', '.join(validation) or 'none; add one under eval.sets'}"
+        )
         wirer.add(path, f"expected SET.METRIC of a set under `eval.sets`, got `{metric}`", fix)
         return
     if set_name not in validation:
-        wirer.add(path, f"`{set_name}` is not a validation set; test rows are only reported and must not choose weights", f"validation sets: {', '.join(validation) or 'none'}")
-    if not any(what == m or what.startswith((m + "_", m + ".")) or (m == "pass@k" and what.startswith("pass@")) for m in sets[set_name].metrics):
-        wirer.add(path, f"`{set_name}` does not measure `{what}`; it measures {', '.join(sets[set_name].metrics)}", f"add it to eval.sets.{set_name}.metrics")
+        wirer.add(
+            path,
+            f"`{set_name}` is not a validation set; test rows are only reported and must not choose weights",
+            f"validation sets: {', '.join(validation) or 'none'}",
+        )
+    if not any(
+        what == m or what.startswith((m + "_", m + ".")) or (m == "pass@k" and what.startswith("pass@")) for m in sets[set_name].metrics
+    ):
+        wirer.add(
+            path,
+            f"`{set_name}` does not measure `{what}`; it measures {', '.join(sets[set_name].metrics)}",
+            f"add it to eval.sets.{set_name}.metrics",
+        )
     if chosen is not None and set_name not in chosen:
         wirer.add(path, f"`{set_name}` is left out by this stage's `eval.sets`", "add it there")

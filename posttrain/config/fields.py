@@ -144,10 +144,10 @@ def _synonym(name: str, config: type[BaseModel], here: tuple[str | int, ...]) ->
 def _elsewhere(name: str, root: type[BaseModel], here: tuple[str | int, ...]) -> str | None:
     """Dotted path, below `root`, of a field of this very name in another block; blocks around `here` come first."""
     outer = [here[:n] for n in range(len(here) - 1, -1, -1)]
-    for path in outer:
-        for annotation in annotations_at(root, path):
+    for above in outer:
+        for annotation in annotations_at(root, above):
             if isinstance(annotation, type) and issubclass(annotation, BaseModel) and name in fields_of(annotation):
-                return ".".join(str(p) for p in (*path, name))
+                return ".".join(str(p) for p in (*above, name))
     for start in [here, *outer]:
         for model in [a for a in annotations_at(root, start) if isinstance(a, type) and issubclass(a, BaseModel)]:
             for field, path in nested_fields(model):
@@ -178,7 +178,11 @@ def suggest(key: str, root: type[BaseModel], here: tuple[str | int, ...], where:
     other = _elsewhere(_plain(key), root, here)
     if other:
         block, _, name = other.rpartition(".")
-        return f"`{name}` belongs under `{where}{block}`" if block else f"`{name}` belongs directly under `{where.rstrip('.') or 'the top level'}`"
+        return (
+            f"`{name}` belongs under `{where}{block}`"
+            if block
+            else f"`{name}` belongs directly under `{where.rstrip('.') or 'the top level'}`"
+        )
     if _plain(key) in other_level and not here:
         return f"`{_plain(key)}` belongs {'at the top level of the file' if where else 'inside a stage'}"
     near = nearest(key, known)

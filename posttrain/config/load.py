@@ -114,6 +114,7 @@ class _Open:
 
     @property
     def is_map(self) -> bool:
+        """True for a mapping."""
         return isinstance(self.value, dict)
 
 
@@ -140,7 +141,9 @@ class _Builder:
         if isinstance(event, yaml.DocumentStartEvent):
             self.documents += 1
             if self.documents > 1:
-                raise self.error(event, "a second document starts here; a config is one document", "remove `---` or `...`, or split the file")
+                raise self.error(
+                    event, "a second document starts here; a config is one document", "remove `---` or `...`, or split the file"
+                )
         elif isinstance(event, yaml.ScalarEvent):
             self._scalar(event)
         elif isinstance(event, yaml.AliasEvent):
@@ -153,12 +156,14 @@ class _Builder:
     def _count(self, event: Any, nodes: int = 1) -> None:
         self.nodes += nodes
         if self.nodes > MAX_NODES:
-            raise self.error(event, f"more than {MAX_NODES} values, counting what aliases expand to", "write the config without nested aliases")
+            raise self.error(
+                event, f"more than {MAX_NODES} values, counting what aliases expand to", "write the config without nested aliases"
+            )
 
     def _check_tag(self, event: Any) -> bool:
         """True if the tag asks for text."""
         if event.tag in (None, "!"):
-            return event.tag == "!"
+            return bool(event.tag == "!")
         if event.tag == "tag:yaml.org,2002:str" and isinstance(event, yaml.ScalarEvent):
             return True
         name = event.tag.replace("tag:yaml.org,2002:", "!!")
@@ -168,7 +173,7 @@ class _Builder:
         if not self.stack:
             return ()
         top = self.stack[-1]
-        return (*top.path, top.key if top.is_map else len(top.value))
+        return (*top.path, top.key or "" if top.is_map else len(top.value))
 
     def _scalar(self, event: Any) -> None:
         self._count(event)
@@ -223,7 +228,9 @@ class _Builder:
         self._count(event)
         self._check_tag(event)
         if self.stack and self.stack[-1].is_map and self.stack[-1].key is None:
-            raise self.error(event, "a block cannot be a key", "write `key: value` with a plain key; quote text that starts with `{` or `[`")
+            raise self.error(
+                event, "a block cannot be a key", "write `key: value` with a plain key; quote text that starts with `{` or `[`"
+            )
         if len(self.stack) >= MAX_DEPTH:
             raise self.error(event, f"nested deeper than {MAX_DEPTH} levels", "write a flatter config")
         self._mark(event, Mark(event.start_mark.line + 1, event.start_mark.column + 1))
@@ -256,7 +263,9 @@ class _Builder:
     def _merge(self, event: Any, top: _Open, value: Any) -> None:
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, dict) for item in items):
-            raise self.error(event, "`<<` merges a block (or a list of blocks) into this one, and this is none", "refer to an anchor: `<<: *name`")
+            raise self.error(
+                event, "`<<` merges a block (or a list of blocks) into this one, and this is none", "refer to an anchor: `<<: *name`"
+            )
         top.merged.extend(items)
 
 
@@ -291,7 +300,11 @@ def _build(text: str, file: str) -> _Builder:
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(file, text, error) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {getattr(error, 'reason', None) or 'unreadable character'}", where=file, fix="save the file as plain UTF-8 text") from None
+        raise ConfigError(
+            f"not valid YAML: {getattr(error, 'reason', None) or 'unreadable character'}",
+            where=file,
+            fix="save the file as plain UTF-8 text",
+        ) from None
     if builder.twice:
         text = "the key `{}` stands twice in one block, on line {} and on line {}"
         problems = [Problem(dotted(p, builder.root), text.format(p[-1], a, b), "keep one") for p, a, b in builder.twice]
@@ -312,9 +325,11 @@ def _decode(data: bytes, file: str) -> str:
         column = error.start - (data.rfind(b"\n", 0, error.start) + 1) + 1
         raise ConfigError(f"byte 0x{data[error.start]:02x} is not UTF-8", where=f"{file}:{line}:{column}", fix="save it as UTF-8") from None
     for index, char in enumerate(text):
-        if (char < " " or "\x7f" <= char < "\xa0") and char not in _ALLOWED_CONTROL or char in "\ufffe\uffff":
+        if ((char < " " or "\x7f" <= char < "\xa0") and char not in _ALLOWED_CONTROL) or char in "\ufffe\uffff":
             line, column = text.count("\n", 0, index) + 1, index - text.rfind("\n", 0, index)
-            raise ConfigError(f"control character {char!r}", where=f"{file}:{line}:{column}", fix="remove it, or write it as an escape in double quotes")
+            raise ConfigError(
+                f"control character {char!r}", where=f"{file}:{line}:{column}", fix="remove it, or write it as an escape in double quotes"
+            )
     return text.replace("\ufeff", "")
 
 
@@ -329,7 +344,11 @@ def parse_yaml(text: str, file: str = "<text>") -> Document:
         raise ConfigError("the file is empty", where=f"{file}:1:1", fix="start from `posttrain new` or a file in configs/")
     if not isinstance(builder.root, dict):
         what = "a list" if isinstance(builder.root, list) else f"the single value `{str(builder.root)[:40]}`"
-        raise ConfigError(f"expected `key: value` lines at the top, got {what}", where=f"{file}:{builder.first[0]}:{builder.first[1]}", fix="remove the leading `- `, or put it under a key")
+        raise ConfigError(
+            f"expected `key: value` lines at the top, got {what}",
+            where=f"{file}:{builder.first[0]}:{builder.first[1]}",
+            fix="remove the leading `- `, or put it under a key",
+        )
     return Document(file, builder.root, builder.marks)
 
 
@@ -354,7 +373,9 @@ def load_yaml(path: str | Path) -> Document:
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=file, fix="check path and permissions") from None
+        raise ConfigError(
+            f"cannot be read: {getattr(error, 'strerror', None) or error}", where=file, fix="check path and permissions"
+        ) from None
     if len(data) > MAX_BYTES:
         raise ConfigError(f"larger than {MAX_BYTES >> 20} MiB; a config is small", where=file, fix="keep data in files of its own")
     return parse_yaml(_decode(data, file), file)

@@ -72,7 +72,13 @@ def _type_fix(kind: str, value: Any, mark: Mark | None, fields: str, required: b
         return f"quote it: '{text}'"
     if kind in ("int_type", "int_from_float"):
         if isinstance(value, float):
-            return f"write {int(value)}" if value == int(value) and abs(value) < 1e15 else f"write {int(value)} or {int(value) + 1}" if abs(value) < 1e15 else ""
+            return (
+                f"write {int(value)}"
+                if value == int(value) and abs(value) < 1e15
+                else f"write {int(value)} or {int(value) + 1}"
+                if abs(value) < 1e15
+                else ""
+            )
         number = _number_in(value) if isinstance(value, str) else None
         return f"write {number}" if number and re.fullmatch(r"[-+]?\d+", number) else "write digits only, e.g. 100"
     if kind == "float_type":
@@ -100,7 +106,9 @@ def _literal(error: dict[str, Any], value: Any) -> tuple[str, str]:
     text = str(error.get("ctx", {}).get("expected", ""))
     options = re.findall(r"'([^']*)'", text) or re.split(r", | or ", text)
     near = nearest(str(value), options, 0.5) if isinstance(value, str) else None
-    return "one of " + ", ".join(options) if len(options) > 1 else options[0], f"did you mean `{near}`?" if near else f"write {options[0]}" if len(options) == 1 else ""
+    return "one of " + ", ".join(options) if len(options) > 1 else options[
+        0
+    ], f"did you mean `{near}`?" if near else f"write {options[0]}" if len(options) == 1 else ""
 
 
 def _name_fix(value: Any) -> str:
@@ -115,7 +123,9 @@ class _Translator:
         root: class that was validated; tree: what it was given; prefix: where that stands in the file.
     """
 
-    def __init__(self, root: type[BaseModel], tree: Any, prefix: Path_, document: Any, marks: dict[Path_, Mark] | None, top: Iterable[str]) -> None:
+    def __init__(
+        self, root: type[BaseModel], tree: Any, prefix: Path_, document: Any, marks: dict[Path_, Mark] | None, top: Iterable[str]
+    ) -> None:
         self.root, self.tree, self.prefix, self.document, self.marks, self.top = root, tree, prefix, document, marks, tuple(top)
 
     def clean(self, error: dict[str, Any]) -> Path_:
@@ -123,10 +133,7 @@ class _Translator:
         value, path = self.tree, []
         loc = error["loc"]
         for place, part in enumerate(loc):
-            if isinstance(value, dict) and part in value:
-                path.append(part)
-                value = value[part]
-            elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
                 path.append(part)
                 value = value[part]
             elif error["type"] == "missing" and place == len(loc) - 1:
@@ -184,7 +191,13 @@ class _Translator:
             return self.problem(path, f"expected {expected}, got {got}", fix)
         if kind == "string_pattern_mismatch":
             pattern = ctx.get("pattern", "")
-            fix = _name_fix(value) if pattern == _NAME else "give the full commit hash, not a branch or a short hash" if pattern == _HEX40 else ""
+            fix = (
+                _name_fix(value)
+                if pattern == _NAME
+                else "give the full commit hash, not a branch or a short hash"
+                if pattern == _HEX40
+                else ""
+            )
             return self.problem(path, f"expected {_PATTERNS.get(pattern, f'text of the form {pattern}')}, got {got}", fix)
         if kind in ("value_error", "assertion_error"):
             text = re.sub(r"^(Value error|Assertion failed), ", "", error["msg"])
@@ -194,9 +207,15 @@ class _Translator:
         if bound:
             return self.problem(path, f"expected a number {bound}, got {got}", _doc(field_at(self.root, path)))
         if kind in ("string_too_short", "too_short"):
-            return self.problem(path, f"expected at least {ctx.get('min_length', 1)} {'character' if kind == 'string_too_short' else 'item'}(s), got {got}", "give a value")
+            return self.problem(
+                path,
+                f"expected at least {ctx.get('min_length', 1)} {'character' if kind == 'string_too_short' else 'item'}(s), got {got}",
+                "give a value",
+            )
         if kind in ("string_too_long", "too_long"):
-            return self.problem(path, f"expected at most {ctx.get('max_length')} {'characters' if kind == 'string_too_long' else 'items'}", "shorten it")
+            return self.problem(
+                path, f"expected at most {ctx.get('max_length')} {'characters' if kind == 'string_too_long' else 'items'}", "shorten it"
+            )
         return self.problem(path, f"{error['msg'][:1].lower()}{error['msg'][1:]}, got {got}", "")
 
 

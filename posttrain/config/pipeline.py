@@ -84,9 +84,17 @@ def _guess_words(value: Any, path: Path_, marks: dict[Path_, Mark] | None, docum
     return [Problem(dotted(path, document), f"the text {value!r} would not be read as what it looks like{line}", fix)] if fix else []
 
 
-def _parse_stage(stage: Any, at: Path_, document: Any, marks: dict[Path_, Mark] | None, context: dict[str, Any]) -> StageConfig | list[Problem]:
+def _parse_stage(
+    stage: Any, at: Path_, document: Any, marks: dict[Path_, Mark] | None, context: dict[str, Any]
+) -> StageConfig | list[Problem]:
     if not isinstance(stage, dict):
-        return [Problem(dotted(at, document), f"expected a block with `name` and `method`, got {describe(stage)}", "write `- name: ...` and `method: ...`")]
+        return [
+            Problem(
+                dotted(at, document),
+                f"expected a block with `name` and `method`, got {describe(stage)}",
+                "write `- name: ...` and `method: ...`",
+            )
+        ]
     found = _stage_class(stage, at, document)
     if isinstance(found, Problem):
         return [found]
@@ -98,7 +106,9 @@ def _parse_stage(stage: Any, at: Path_, document: Any, marks: dict[Path_, Mark] 
         return words + translate(error.errors(include_url=False), found, stage, at, document, marks, Pipeline.model_fields)
 
 
-def _parse_stages(tree: dict[str, Any], marks: dict[Path_, Mark] | None, context: dict[str, Any]) -> tuple[list[StageConfig], list[Problem]]:
+def _parse_stages(
+    tree: dict[str, Any], marks: dict[Path_, Mark] | None, context: dict[str, Any]
+) -> tuple[list[StageConfig], list[Problem]]:
     stages = tree.get("stages")
     if not isinstance(stages, list) or not stages:
         got = describe(stages) if "stages" in tree else "none"
@@ -179,11 +189,12 @@ def _absolute(field: FieldInfo | None, value: Any) -> Any:
 def _override(tree: dict[str, Any], item: str) -> Path_:
     """Sets one override in `tree`; returns its path."""
     at, value = locate(tree, item)
-    root, inner = Pipeline, at
+    root: type[BaseModel] = Pipeline
+    inner = at
     if at[0] == "stages" and len(at) > 1:
         stage = tree["stages"][at[1]] if isinstance(at[1], int) else None
         found = _stage_class(stage, at[:2], tree) if isinstance(stage, dict) else None
-        root, inner = (found, at[2:]) if isinstance(found, type) else (StageConfig, at[2:])
+        root, inner = found if isinstance(found, type) else StageConfig, at[2:]
     put(tree, at, _anchor(root, inner, value) if inner else value)
     return at
 
@@ -236,7 +247,9 @@ def _reduce(value: Any) -> Any:
         for name, field in type(value).model_fields.items():
             if not _report_only(field.annotation, field.metadata):
                 item = getattr(value, name)
-                out[field.alias or name] = _content(item) if _has_validator(field.annotation, field.metadata, _expand_path) else _reduce(item)
+                out[field.alias or name] = (
+                    _content(item) if _has_validator(field.annotation, field.metadata, _expand_path) else _reduce(item)
+                )
         return out
     if isinstance(value, dict):
         return {k: _reduce(v) for k, v in value.items()}
@@ -252,7 +265,7 @@ def semantic(config: StageConfig) -> dict[str, Any]:
     `eval`, unless the stage commits the best checkpoint by it or its output is an evaluation. A field that holds the
     path of a file enters by the file's content.
     """
-    out = _reduce(config)
+    out: dict[str, Any] = _reduce(config)
     for key in ("name", "method", "seed", "in"):
         out.pop(key, None)
     best = getattr(getattr(config, "commit", None), "best", None)

@@ -8,6 +8,7 @@ environment variable of such a name. Tokens of a tokenizer (`pad_token`, `max_to
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 from typing import Any
@@ -55,7 +56,7 @@ def is_secret_name(name: str) -> bool:
         return False
     if any(word in _ALWAYS for word in words):
         return True
-    if any(a in _KEY_OF and b in ("key", "keys") for a, b in zip(words, words[1:])):
+    if any(a in _KEY_OF and b in ("key", "keys") for a, b in itertools.pairwise(words)):
         return True
     return words[-1] == "token" and (len(words) == 1 or words[-2] not in _TOKENIZER)
 

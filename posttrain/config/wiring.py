@@ -91,7 +91,7 @@ class _Wirer:
             return InputRef(**common, origin="stage", kind=stage.output, rows=stage.rows)
         if name == MODEL_NAME and self.pipeline.model:
             return self.pipeline_model(port)
-        self.unknown(path, name, [n for n in self.done])
+        self.unknown(path, name, list(self.done))
         return None
 
     def _check_part(self, path: str, owner: str, name: str, part: str, split: Any) -> None:
@@ -110,11 +110,10 @@ class _Wirer:
         given = stage.inputs.get(name)
         if given is None:
             return self._default(stage, method, name, port)
-        if isinstance(given, list) and not port.many:
-            if len(given) != 1:
-                self.add(path, f"takes one input, got a list of {len(given)}", "name one source or stage")
-                return []
-        items = given if isinstance(given, list) else [given]
+        if isinstance(given, list) and not port.many and len(given) != 1:
+            self.add(path, f"takes one input, got a list of {len(given)}", "name one source or stage")
+            return []
+        items: list[InputItem | str] = given if isinstance(given, list) else [given]
         if not items:
             self.add(path, "the list is empty", "name at least one source or stage")
         refs = []
@@ -140,10 +139,18 @@ class _Wirer:
 
     def _accepts(self, path: str, method: Method, name: str, port: Port, ref: InputRef) -> bool:
         if ref.kind not in port.kinds:
-            self.add(path, f"`{ref.name}` is a {ref.kind}, but port `{name}` of {method.name} takes {' or '.join(port.kinds)}", self._candidates(port))
+            self.add(
+                path,
+                f"`{ref.name}` is a {ref.kind}, but port `{name}` of {method.name} takes {' or '.join(port.kinds)}",
+                self._candidates(port),
+            )
             return False
         if port.rows and ref.rows and ref.rows not in port.rows:
-            self.add(path, f"`{ref.name}` holds {ref.rows} rows, but port `{name}` of {method.name} takes {' or '.join(port.rows)} rows", self._candidates(port))
+            self.add(
+                path,
+                f"`{ref.name}` holds {ref.rows} rows, but port `{name}` of {method.name} takes {' or '.join(port.rows)} rows",
+                self._candidates(port),
+            )
             return False
         if port.train and ref.split in ("validation", "test"):
             self.add(path, f"`{ref.label}` is held out, but port `{name}` feeds selection, training or calibration", f"write `{ref.name}`")
@@ -182,7 +189,11 @@ class _Wirer:
         if self.pipeline.model and "model" in port.kinds:
             return [self.pipeline_model(name)]
         if not port.optional:
-            self.add(path, f"{method.name} needs a model, and there is none", "set `model.id` at the top level, or put a stage before it that makes one")
+            self.add(
+                path,
+                f"{method.name} needs a model, and there is none",
+                "set `model.id` at the top level, or put a stage before it that makes one",
+            )
         return []
 
     def stage(self, index: int, stage: StageConfig) -> None:
@@ -195,7 +206,9 @@ class _Wirer:
                 self.add(f"stages.{stage.name}.in.{given}", f"{method.name} has no port `{given}`", fix)
         inputs = {name: self.port(stage, method, name, port) for name, port in method.inputs.items()}
         inputs = {name: refs for name, refs in inputs.items() if refs}
-        self.done.setdefault(stage.name, WiredStage(index, stage, method, inputs, output_kind(stage, method), self._rows(stage, method, inputs)))
+        self.done.setdefault(
+            stage.name, WiredStage(index, stage, method, inputs, output_kind(stage, method), self._rows(stage, method, inputs))
+        )
 
     def _rows(self, stage: StageConfig, method: Method, inputs: dict[str, list[InputRef]]) -> str | None:
         if not callable(method.rows):

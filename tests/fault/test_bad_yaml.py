@@ -131,7 +131,7 @@ def testonly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry.methods()
     for name, found in METHODS.items():
         monkeypatch.setitem(registry._METHODS, name, found)
-    yield
+    return
 
 
 def _refused(path: Path, where: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,7 +204,14 @@ def test_files_that_are_no_config(kind: str, tmp_path: Path, capsys: pytest.Capt
     elif kind == "fifo":
         os.mkfifo(path)
     elif kind != "missing":
-        path.write_bytes({"latin1": "version: 1\nname: café\n".encode("latin-1"), "empty": b"", "nul": b"version: 1\nname: a\0b\n", "large": b"# " + b"x" * (2 << 20)}[kind])
+        path.write_bytes(
+            {
+                "latin1": "version: 1\nname: café\n".encode("latin-1"),
+                "empty": b"",
+                "nul": b"version: 1\nname: a\0b\n",
+                "large": b"# " + b"x" * (2 << 20),
+            }[kind]
+        )
     words = {"missing": "does not exist", "folder": "is a folder", "latin1": ":2:10: byte 0xe9 is not UTF-8", "empty": "is empty",
              "nul": ":2:8: control character", "large": "larger than 1 MiB", "fifo": "not a regular file"}  # fmt: skip
     _refused(path, "x.yaml", words[kind], capsys)
@@ -218,7 +225,9 @@ def _limits() -> None:
 def test_an_alias_bomb_stays_small_and_quick() -> None:
     path = next(p for p in FILES if p.stem == "C99-bomb")
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "posttrain", "validate", str(path)], preexec_fn=_limits, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "posttrain", "validate", str(path)], preexec_fn=_limits, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and "more than 50000 values" in done.stderr and "Traceback" not in done.stderr
     assert time.monotonic() - start < 20
 

@@ -56,7 +56,24 @@ def test_secrets_in_text(text: str, gone: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["token", "hub_token", "HF_TOKEN", "hubToken", "--hub-token", "secret", "client_secret", "password", "DB_PASSWORD", "api_key", "apiKey", "WANDB_API_KEY", "aws_secret_access_key", "private_key", "trl.hub_token"]
+    "name",
+    [
+        "token",
+        "hub_token",
+        "HF_TOKEN",
+        "hubToken",
+        "--hub-token",
+        "secret",
+        "client_secret",
+        "password",
+        "DB_PASSWORD",
+        "api_key",
+        "apiKey",
+        "WANDB_API_KEY",
+        "aws_secret_access_key",
+        "private_key",
+        "trl.hub_token",
+    ],
 )
 def test_names_of_secrets(name: str) -> None:
     assert is_secret_name(name)
@@ -65,8 +82,12 @@ def test_names_of_secrets(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["max_tokens", "tokenizer", "stop_tokens", "pad_token", "eos_token", "eos_token_id", "bos_token", "unk_token", "use_cls_token", "mask_token", "tokens_per_s", "tokens", "special_tokens", "num_tokens", "key", "keys", "stage_key", "row_key", "monkey", "secretary"],
-)  # fmt: skip
+    [
+        *("max_tokens", "tokenizer", "stop_tokens", "pad_token", "eos_token", "eos_token_id", "bos_token", "unk_token", "use_cls_token"),
+        *("mask_token", "tokens_per_s", "tokens", "special_tokens", "num_tokens", "key", "keys", "stage_key", "row_key", "monkey"),
+        "secretary",
+    ],
+)
 def test_harmless_names(name: str) -> None:
     assert not is_secret_name(name)
     assert redact({name: "abcdefghij", "n": 3}) == {name: "abcdefghij", "n": 3}
@@ -75,8 +96,22 @@ def test_harmless_names(name: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("max_tokens=64", "pad_token: '<pad>'", "task-specific-fine-tuning-of-models", "a costs $5 and b:c@d", "hf_home", "user@example.org", "token: the"),
-        *("sha256:" + "0123456789abcdef" * 4, "0123456789abcdef0123456789abcdef01234567", "the password is required", "package:a/b.gguf", "lr=1e-5"),
+        *(
+            "max_tokens=64",
+            "pad_token: '<pad>'",
+            "task-specific-fine-tuning-of-models",
+            "a costs $5 and b:c@d",
+            "hf_home",
+            "user@example.org",
+            "token: the",
+        ),
+        *(
+            "sha256:" + "0123456789abcdef" * 4,
+            "0123456789abcdef0123456789abcdef01234567",
+            "the password is required",
+            "package:a/b.gguf",
+            "lr=1e-5",
+        ),
         *("https://example.org:8080/a@b", "skipped 5 rows; tokens=100 tokens_per_s=12.5"),
     ],
 )

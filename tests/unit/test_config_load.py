@@ -28,7 +28,27 @@ FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=list(Heal
         *(("1e-5", 1e-5), ("1E-2", 0.01), ("1.0e-5", 1e-5), (".03", 0.03), ("1.", 1.0), ("1e5", 1e5), ("-2.5e+3", -2500.0), ("0.1", 0.1)),
         *(("0", 0), ("-0", 0), ("12", 12), ("+3", 3), ("0x1F", 31), ("0o17", 15)),
         *(("true", True), ("False", False), ("null", None), ("~", None), ("", None)),
-        *((t, t) for t in ("on", "off", "yes", "No", "y", "n", "010", "1_000", "1:30", "2024-01-01", "12e4567", "1e400", "0b1", "0755.5", "e5", ".")),
+        *(
+            (t, t)
+            for t in (
+                "on",
+                "off",
+                "yes",
+                "No",
+                "y",
+                "n",
+                "010",
+                "1_000",
+                "1:30",
+                "2024-01-01",
+                "12e4567",
+                "1e400",
+                "0b1",
+                "0755.5",
+                "e5",
+                ".",
+            )
+        ),
     ],
 )
 def test_scalars(text: str, value: Any) -> None:
@@ -82,7 +102,7 @@ def test_a_byte_order_mark_and_windows_lines_are_fine(tmp_path: Path) -> None:
 
 
 def test_emoji_and_long_lists_within_the_limit() -> None:
-    assert parse_yaml("a: \"\\U0001F600\"\nb: 😀").tree == {"a": "😀", "b": "😀"}
+    assert parse_yaml('a: "\\U0001F600"\nb: 😀').tree == {"a": "😀", "b": "😀"}
     assert len(parse_yaml("a: [" + "1, " * 5000 + "]").tree["a"]) == 5000
     with pytest.raises(ConfigError, match=str(MAX_NODES)):
         parse_yaml("a: [" + "1," * (MAX_NODES + 1) + "]")
@@ -101,11 +121,16 @@ def test_values_on_the_command_line(text: str) -> None:
     assert parse_value(text) == parse_yaml(f"k: {text}").tree["k"]
 
 
+def _check(refused: ConfigError) -> None:
+    assert str(refused)
+    assert all(p.path and p.message for p in refused.problems)
+
+
 def _only_config_error(text: str, base: Path) -> None:
     try:
         parse_pipeline(parse_yaml(text).tree, base)
-    except ConfigError as error:
-        assert str(error)
+    except ConfigError as refused:
+        _check(refused)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,20 +171,67 @@ def test_fuzz_bytes(data: bytes) -> None:
         file.flush()
         try:
             load_yaml(file.name)
-        except ConfigError as error:
-            assert str(error)
+        except ConfigError as refused:
+            _check(refused)
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([10**400, -(10**30), "", "~", "$x", "${a", "a:b", "x" * 300]) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "from", "kind", "path", "lr", "x", "best", "data", ""]), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from([10**400, -(10**30), "", "~", "$x", "${a", "a:b", "x" * 300])
+    | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["id", "from", "kind", "path", "lr", "x", "best", "data", ""]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 PLACES = [
-    *("version", "name", "seed", "model", "sources", "eval", "tracking", "limits", "stages", "model.id", "model.revision", "sources.chat", "sources.chat.path"),
-    *("sources.chat.columns", "eval.sets", "eval.sets.tasks-val", "eval.sets.tasks-val.from", "eval.when", "stages.sft", "stages.sft.name", "stages.sft.method"),
-    *("stages.sft.in", "stages.sft.in.data", "stages.sft.optim", "stages.sft.optim.lr", "stages.sft.launch", "stages.sft.trl", "stages.rl.commit.best", "stages.rl.rewards"),
-    *("stages.sft.data.template", "stages.small.bits", "stages.small.eval.sets", "stages.picked.rows", "stages.sft.in.data.1", "limits.disk_gb"),
+    *(
+        "version",
+        "name",
+        "seed",
+        "model",
+        "sources",
+        "eval",
+        "tracking",
+        "limits",
+        "stages",
+        "model.id",
+        "model.revision",
+        "sources.chat",
+        "sources.chat.path",
+    ),
+    *(
+        "sources.chat.columns",
+        "eval.sets",
+        "eval.sets.tasks-val",
+        "eval.sets.tasks-val.from",
+        "eval.when",
+        "stages.sft",
+        "stages.sft.name",
+        "stages.sft.method",
+    ),
+    *(
+        "stages.sft.in",
+        "stages.sft.in.data",
+        "stages.sft.optim",
+        "stages.sft.optim.lr",
+        "stages.sft.launch",
+        "stages.sft.trl",
+        "stages.rl.commit.best",
+        "stages.rl.rewards",
+    ),
+    *(
+        "stages.sft.data.template",
+        "stages.small.bits",
+        "stages.small.eval.sets",
+        "stages.picked.rows",
+        "stages.sft.in.data.1",
+        "limits.disk_gb",
+    ),
 ]
 
 
@@ -170,7 +242,13 @@ def test_fuzz_values(place: str, value: Any) -> None:
     tree["stages"][1]["optim"]["lr"] = 1e-5
     at, keys = tree, place.split(".")
     for key in keys[:-1]:
-        at = next(s for s in at if s["name"] == key) if isinstance(at, list) and not key.isdigit() else at[int(key)] if isinstance(at, list) else at.setdefault(key, {})
+        at = (
+            next(s for s in at if s["name"] == key)
+            if isinstance(at, list) and not key.isdigit()
+            else at[int(key)]
+            if isinstance(at, list)
+            else at.setdefault(key, {})
+        )
     last = keys[-1]
     if isinstance(at, list):
         at[next(n for n, s in enumerate(at) if s.get("name") == last) if not last.isdigit() else int(last)] = value
@@ -179,8 +257,8 @@ def test_fuzz_values(place: str, value: Any) -> None:
     try:
         pipeline = parse_pipeline(tree, Path("/base"))
         json.dumps(pipeline.dump(), allow_nan=False)
-    except ConfigError as error:
-        assert str(error) and all(p.path and p.message for p in error.problems)
+    except ConfigError as refused:
+        _check(refused)
 
 
 @FUZZ
@@ -190,5 +268,5 @@ def test_fuzz_overrides(key: str, value: str) -> None:
     for item in (f"{key}={value}", f"stages.sft.{key}={value}", f"model.{key}={value}", value):
         try:
             parse_pipeline(apply_overrides(tree, [item]), Path("/base"))
-        except ConfigError as error:
-            assert str(error)
+        except ConfigError as refused:
+            _check(refused)

@@ -88,7 +88,9 @@ def test_model_ids(written: str, meant: str) -> None:
     assert expand_model_id(written, BASE) == meant
 
 
-@pytest.mark.parametrize("written", ["gpt2", "a/b/c", "models/x.gguf", "package:x", "package:x/../y", "https://h.co/a/b", "$M/x", "a b/c", "-a/b"])
+@pytest.mark.parametrize(
+    "written", ["gpt2", "a/b/c", "models/x.gguf", "package:x", "package:x/../y", "https://h.co/a/b", "$M/x", "a b/c", "-a/b"]
+)
 def test_model_ids_refused(written: str) -> None:
     with pytest.raises(ValueError):
         expand_model_id(written, BASE)

@@ -25,7 +25,7 @@ def testonly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry.methods()
     for name, found in METHODS.items():
         monkeypatch.setitem(registry._METHODS, name, found)
-    yield
+    return
 
 
 def _parse(text: str = BASE, base: str = "/base") -> Pipeline:
@@ -42,7 +42,10 @@ def test_wiring_of_the_base() -> None:
     picked, sft, rl, small = wire(_parse())
     assert [(r.name, r.origin, r.kind, r.rows) for r in picked.inputs["raw"]] == [("chat", "source", "dataset", "messages")]
     assert picked.rows == "messages" and picked.output == "dataset" and "target" not in picked.inputs
-    assert [(r.name, r.origin, r.rows, r.repeat) for r in sft.inputs["data"]] == [("picked", "stage", "messages", None), ("tasks", "source", "verifiable", 0.5)]
+    assert [(r.name, r.origin, r.rows, r.repeat) for r in sft.inputs["data"]] == [
+        ("picked", "stage", "messages", None),
+        ("tasks", "source", "verifiable", 0.5),
+    ]
     assert [(r.name, r.origin, r.kind) for r in sft.inputs["model"]] == [("/base/tiny", "model", "model")]
     assert sft.inputs["model"][0].spec["id"] == "/base/tiny"
     assert [(r.name, r.origin) for r in rl.inputs["model"]] == [("sft", "stage")]
@@ -67,7 +70,9 @@ def test_the_only_dataset_that_fits_is_the_default() -> None:
 
 def test_a_stage_can_make_the_tasks() -> None:
     stage = "stages:\n  - {name: made, method: testonly.tasks, split: {validation: 0.2}}\n"
-    pipeline = _parse(BASE.replace("stages:\n", stage).replace("{data: tasks}", "{data: made}").replace("'tasks:validation'", "'made:validation'"))
+    pipeline = _parse(
+        BASE.replace("stages:\n", stage).replace("{data: tasks}", "{data: made}").replace("'tasks:validation'", "'made:validation'")
+    )
     assert wire(pipeline)[3].inputs["data"][0].origin == "stage"
     assert data_ref("made:validation", pipeline, port="eval.x").split == "validation"
     with pytest.raises(ConfigError, match="stages.made.split.test"):
@@ -91,7 +96,9 @@ def test_the_same_from_each_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.chdir(folder)
         found.append(load_pipeline(name))
     assert all(p == found[0] for p in found)
-    assert found[0].model.id == str(tmp_path / "a b" / "tiny") and found[0].sources["chat"].path == str(tmp_path / "a b" / "data" / "part[0-9]%.jsonl")
+    assert found[0].model.id == str(tmp_path / "a b" / "tiny") and found[0].sources["chat"].path == str(
+        tmp_path / "a b" / "data" / "part[0-9]%.jsonl"
+    )
 
 
 def test_nothing_outside_paths_is_expanded() -> None:
@@ -101,7 +108,11 @@ def test_nothing_outside_paths_is_expanded() -> None:
 
 
 def test_yaml_words_stay_text() -> None:
-    text = BASE.replace("name: base", "name: on").replace("name: small", "name: no").replace("model:", "tracking: {project: 2024-01-01}\nmodel:")
+    text = (
+        BASE.replace("name: base", "name: on")
+        .replace("name: small", "name: no")
+        .replace("model:", "tracking: {project: 2024-01-01}\nmodel:")
+    )
     pipeline = _parse(text)
     assert (pipeline.name, pipeline.stages[3].name, pipeline.tracking.project) == ("on", "no", "2024-01-01")
 
@@ -230,7 +241,14 @@ def test_schema_accepts_the_good_and_refuses_the_bad() -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     check = jsonschema.Draft202012Validator(schema)
     assert check.is_valid(parse_yaml(BASE).tree)
-    for old, new in (("group: 4", "grup: 4"), ("group: 4", "group: 1"), ("testonly.pick", "testonly.pik"), ("kind: messages", "kind: x"), ("bits: 4", "bits: 5"), ("seed: 3", "sead: 3")):
+    for old, new in (
+        ("group: 4", "grup: 4"),
+        ("group: 4", "group: 1"),
+        ("testonly.pick", "testonly.pik"),
+        ("kind: messages", "kind: x"),
+        ("bits: 4", "bits: 5"),
+        ("seed: 3", "sead: 3"),
+    ):
         assert not check.is_valid(parse_yaml(BASE.replace(old, new, 1)).tree), new
     json.dumps(schema, allow_nan=False)
     assert schema["$defs"]["RlConfig"]["properties"]["group"]["description"].startswith("Completions a prompt")
