@@ -48,8 +48,9 @@ def source_ref(port: str, paths: Paths, kind: str | None, columns: dict[str, str
     from posttrain.data.dataset import source_digest
 
     listed = [os.path.abspath(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
-    spec = {"kind": kind or row_type_of(listed), "path": listed, "columns": columns, "on_bad": on_bad}
-    return InputRef(port, port, "source", "dataset", key=source_digest(spec), rows=spec["kind"], spec=spec)
+    kind = kind or row_type_of(listed)
+    spec: dict[str, Any] = {"kind": kind, "path": listed, "columns": columns, "on_bad": on_bad}
+    return InputRef(port, port, "source", "dataset", key=source_digest(spec), rows=kind, spec=spec)
 
 
 def make_config(method: str, options: dict[str, Any]) -> Any:

@@ -141,9 +141,8 @@ def order(columns: dict[str, np.ndarray], cfg: DsirConfig, seed: int) -> np.ndar
     """log w / T plus Gumbel noise of the row's id, or log w itself under `topk`."""
     from data_pipelines.pick import gumbel
 
-    if cfg.sample == "topk":
-        return columns["score"]
-    return columns["score"] / cfg.temperature + gumbel(columns["uid"], seed)
+    key: np.ndarray = columns["score"]
+    return key if cfg.sample == "topk" else key / cfg.temperature + gumbel(columns["uid"], seed)
 
 
 def report(state: dict[str, np.ndarray], picked: Iterable[dict[str, np.ndarray]], cfg: DsirConfig) -> dict[str, Any]:

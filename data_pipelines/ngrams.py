@@ -231,12 +231,13 @@ class Hasher:
 
     def _bucket(self, key: np.ndarray, words: Words, at: np.ndarray, order: int) -> np.ndarray:
         if self.kind == "fast":
-            return (((key >> np.uint64(32)) * np.uint64(self.buckets)) >> np.uint64(32)).astype(np.int64)
+            scaled: np.ndarray = (key >> np.uint64(32)) * np.uint64(self.buckets)
+            return (scaled >> np.uint64(32)).astype(np.int64)
         place = key >> np.uint64(64 - TABLE_BITS)
-        found = self._found[place]
+        found: np.ndarray = self._found[place]
         missed = np.flatnonzero(self._keys[place] != key)
         if missed.size:
-            unique, example, inverse = np.unique(key[missed], return_index=True, return_inverse=True)
+            _, example, inverse = np.unique(key[missed], return_index=True, return_inverse=True)
             new = sha_buckets(_spell(words, at[missed[example]], order), self.buckets)
             found[missed] = new[inverse]
             self._keys[place[missed]], self._found[place[missed]] = key[missed], found[missed]

@@ -57,4 +57,5 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         return load(path.read_bytes())
     except Exception as error:
-        raise ArtifactError(f"unreadable part ({error})", where=str(path), fix="delete this file and run again; only its shard is redone") from None
+        fix = "delete this file and run again; only its shard is redone"
+        raise ArtifactError(f"unreadable part ({error})", where=str(path), fix=fix) from None

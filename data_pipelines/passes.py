@@ -7,41 +7,35 @@
     write   each raw shard -> its picked rows; all of them, in input order -> the dataset     work/KEY/picked/*.jsonl
 
 A selector is a module of functions (see `Selector`); it never sees shards, files or processes. Memory holds one batch of
-rows and one shard's score columns, whatever the corpus. Workers only change who does a shard, never what comes out:
+rows or scores and one shard's picks, whatever the corpus. Workers only change who does a shard, never what comes out:
 parts are merged in shard order, and their sums are integers.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import importlib
 import json
-import multiprocessing
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from data_pipelines.budget import Budget
+from data_pipelines.engine import Job, each_shard, open_pool
 from data_pipelines.parts import load_arrays, new_part, save_arrays
-from data_pipelines.pick import Cut, Keys, cut_from_json, cut_to_json, find_cut, picked, rank_of, row_uid
+from data_pipelines.pick import Cut, Keys, cut_from_json, cut_to_json, find_cut, picked, rank_of
+from data_pipelines.scores import score_columns, score_shard, tallies
 from data_pipelines.shards import Shard, list_shards, shard_rows
 from posttrain.core.context import StageContext
 from posttrain.core.durable import write_json
 from posttrain.core.hashing import digest_of
-from posttrain.errors import DataError, PosttrainError
+from posttrain.errors import ConfigError, DataError
 
 Row = dict[str, Any]
 Arrays = dict[str, np.ndarray]
-
-BATCH_ROWS = 1024
-BATCH_CHARS = 1 << 22
-SCORE_ROWS = 1 << 16
 
 
 class Selector(Protocol):
@@ -63,32 +57,6 @@ class Selector(Protocol):
         """Facts for the summary, from the statistics of the picked rows by shard."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """All that a worker needs; picklable."""
-
-    selector: str
-    config: Any
-    seed: int
-    folder: Path
-    heldout: frozenset[str]
-
-    @property
-    def methods(self) -> Any:
-        """The selector's module."""
-        return importlib.import_module(self.selector)
-
-    def part(self, step: str, shard: Shard) -> Path:
-        """Name of a shard's part."""
-        suffix = {"scores": ".parquet", "picked": ".jsonl"}.get(step, ".safetensors")
-        return self.folder / step / f"{shard.index:06d}{suffix}"
-
-    def done(self, step: str, shard: Shard) -> bool:
-        """The shard's part (for picked rows also their statistics) is there."""
-        steps = ("picked", "statistics") if step == "picked" else (step,)
-        return all(self.part(name, shard).exists() for name in steps)
-
-
 def run_selector(selector: str, cfg: Any, ctx: StageContext) -> None:
     """Runs all passes and writes `ctx.out`: rows-*, scores-*.parquet, state.safetensors, state.json.
 
@@ -104,60 +72,35 @@ def run_selector(selector: str, cfg: Any, ctx: StageContext) -> None:
 
     raw = list_shards(ctx.refs("raw"), f"stages.{ctx.name}.in.raw")
     target = list_shards(ctx.refs("target"), f"stages.{ctx.name}.in.target")
+    _check_inputs(raw, ctx)
     heldout = heldout_keys(ctx)
     semantic = {name: value for name, value in cfg.dump().items() if name not in ("name", "workers", "in", "launch")}
     key = digest_of([selector, semantic, ctx.seed, [s.stamp() for s in raw], [s.stamp() for s in target], sorted(heldout)])
     job = Job(selector, cfg, ctx.seed, ctx.work / key[:16], heldout)
-    with _pool(cfg.workers) as pool:
+    with open_pool(cfg.workers) as pool:
         state = _fit(job, raw, target, pool, ctx)
-        _each(_score_shard, job, "scores", raw, pool, ctx)
-        counts = _reconcile(job, raw, ctx)
-        cut = _pick(job, raw, cfg.budget, counts, ctx)
-        _each(_write_shard, job, "picked", raw, pool, ctx)
+        each_shard(score_shard, job, "scores", raw, pool, ctx.events)
+        rows = _reconcile(job, raw, ctx)
+        cut = _pick(job, raw, cfg.budget, rows, ctx)
+        each_shard(_write_shard, job, "picked", raw, pool, ctx.events)
     _finish(job, raw, state, cut, ctx)
 
 
-def _pool(workers: int) -> Any:
-    if workers == 1:
-        import contextlib
-
-        return contextlib.nullcontext()
-    return concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-
-
-def _each(task: Callable[[Job, str, Shard], None], job: Job, step: str, shards: list[Shard], pool: Any, ctx: StageContext) -> None:
-    """Does the shards that have no part yet."""
-    todo = [shard for shard in shards if not job.done(step, shard)]
-    done = len(shards) - len(todo)
-    if done and todo:
-        ctx.events.log(f"{step}: {done} of {len(shards)} shards were done before")
-    for _ in _results(task, job, step, todo, pool):
-        done += 1
-        ctx.events.progress(step, done, len(shards), "shards")
-
-
-def _results(task: Callable[[Job, str, Shard], None], job: Job, step: str, todo: list[Shard], pool: Any) -> Iterator[None]:
-    if pool is None:
-        for shard in todo:
-            yield task(job, step, shard)
-        return
-    futures = [pool.submit(task, job, step, shard) for shard in todo]
-    try:
-        for future in concurrent.futures.as_completed(futures):
-            yield future.result()
-    except concurrent.futures.process.BrokenProcessPool:
-        fix = "run again with fewer `workers`; finished shards are kept"
-        raise PosttrainError("a worker process was killed, most often for lack of memory", where=step, fix=fix) from None
-    finally:
-        for future in futures:
-            future.cancel()
+def _check_inputs(raw: list[Shard], ctx: StageContext) -> None:
+    kinds = sorted({shard.kind for shard in raw})
+    if len(kinds) > 1:
+        message, fix = f"the raw inputs have several row types: {', '.join(kinds)}", "select from each by its own stage"
+        raise ConfigError(message, where=f"stages.{ctx.name}.in.raw", fix=fix)
+    if ctx.world.size > 1:
+        message = f"a selector runs in one process, got {ctx.world.size}"
+        raise ConfigError(message, where=f"stages.{ctx.name}.launch", fix="set `workers` instead")
 
 
 def _fit(job: Job, raw: list[Shard], target: list[Shard], pool: Any, ctx: StageContext) -> Arrays:
     path = job.folder / "state.safetensors"
     if not path.exists():
-        _each(_fit_shard, job, "target", target, pool, ctx)
-        _each(_fit_shard, job, "raw", raw, pool, ctx)
+        each_shard(_fit_shard, job, "target", target, pool, ctx.events)
+        each_shard(_fit_shard, job, "raw", raw, pool, ctx.events)
         try:
             save_arrays(path, job.methods.merge(_stored(job, "raw", raw), _stored(job, "target", target), job.config))
         except DataError as error:
@@ -186,91 +129,15 @@ def _fit_shard(job: Job, step: str, shard: Shard) -> None:
     save_arrays(job.part(step, shard), job.methods.fit_shard(rows, job.config, step))
 
 
-def row_batches(rows: Iterable[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
-    """Lists of at most BATCH_ROWS rows and about BATCH_CHARS characters."""
-    from posttrain.data.rows import row_text
-
-    held: list[tuple[int, Row]] = []
-    size = 0
-    for number, row in rows:
-        held.append((number, row))
-        size += len(row_text(row))
-        if len(held) >= BATCH_ROWS or size >= BATCH_CHARS:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
-
-
-def _score_shard(job: Job, step: str, shard: Shard) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    state = load_arrays(job.folder / "state.safetensors")
-    tally: Counter[str] = Counter()
-    held = [_score_table(job, shard, [], state)]
-    with new_part(job.part(step, shard)) as path, pq.ParquetWriter(path, held[0].schema, compression="zstd") as writer:
-        for batch in row_batches(shard_rows(shard, job.heldout, tally)):
-            held.append(_score_table(job, shard, batch, state))
-            if sum(table.num_rows for table in held) >= SCORE_ROWS:
-                writer.write_table(pa.concat_tables(held))
-                held = held[:1]
-        writer.write_table(pa.concat_tables(held))
-        writer.add_key_value_metadata({"left_out": json.dumps(dict(sorted(tally.items())))})
-
-
-def _score_table(job: Job, shard: Shard, batch: list[tuple[int, Row]], state: Arrays) -> Any:
-    import pyarrow as pa
-
-    rows = [row for _, row in batch]
-    columns = job.methods.score(rows, state, job.config)
-    reason = np.where(np.isfinite(columns["score"]) | (columns["reason"] != ""), columns["reason"], "score not finite")
-    where = [f"{shard.label}"] * len(rows)
-    return pa.table(
-        {
-            "id": pa.array([row["id"] for row in rows], pa.string()),
-            "source": pa.array([shard.ref.label] * len(rows), pa.string()).dictionary_encode(),
-            "shard": pa.array(where, pa.string()).dictionary_encode(),
-            "row": pa.array([number for number, _ in batch], pa.int64()),
-            "uid": pa.array([row_uid(row["id"]) for row in rows], pa.uint64()),
-            **{name: pa.array(value) for name, value in columns.items() if name != "reason"},
-            "reason": pa.array(list(reason), pa.string()).dictionary_encode(),
-        }
-    )
-
-
-def _columns(path: Path) -> Iterator[dict[str, np.ndarray]]:
-    """Eligible rows' score columns without the text ones, in batches of a bounded number of rows."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(path)
-    names = [name for name in file.schema_arrow.names if name not in ("id", "source", "shard")]
-    for batch in file.iter_batches(SCORE_ROWS, columns=names):
-        table = pa.Table.from_batches([batch])
-        table = table.filter(pc.equal(pc.cast(table["reason"], "string"), "")).drop_columns("reason")
-        yield {name: table[name].to_numpy() for name in table.column_names}
-
-
-def _reconcile(job: Job, shards: list[Shard], ctx: StageContext) -> Counter[str]:
-    """Rows by what became of them; says why rows cannot be picked before anything is picked."""
-    import pyarrow.parquet as pq
-
-    counts: Counter[str] = Counter()
-    left: Counter[str] = Counter()
-    for shard in shards:
-        file = pq.ParquetFile(job.part("scores", shard))
-        left.update(json.loads(file.metadata.metadata[b"left_out"]))
-        counts.update(file.read(["reason"])["reason"].to_pylist())
+def _reconcile(job: Job, shards: list[Shard], ctx: StageContext) -> int:
+    """Counts what became of the rows and returns their number; says why none can be picked before anything is picked."""
+    counts, left = tallies(job.part("scores", shard) for shard in shards)
     rows, bad = counts.total(), sum(n for name, n in left.items() if name.startswith("bad: "))
     reasons = {name: n for name, n in sorted(counts.items()) if name}
     ctx.summary.update(rows_in=rows, excluded_heldout=left["held out"], skipped=bad, eligible=counts[""], not_eligible=reasons)
-    if not rows:
-        raise DataError("no raw rows to select from", where=f"stages.{ctx.name}.in.raw")
     if not counts[""]:
         raise DataError(f"none of {rows} rows is eligible: {_spelled(reasons)}", where=f"stages.{ctx.name}", fix="lower the length limits")
-    return counts
+    return rows
 
 
 def _spelled(reasons: dict[str, int]) -> str:
@@ -280,21 +147,22 @@ def _spelled(reasons: dict[str, int]) -> str:
 def _keys(job: Job, shards: list[Shard], unit: str) -> Iterator[tuple[Keys, dict[str, np.ndarray]]]:
     """Keys of all eligible rows, weighed in `unit`, with the columns they come from."""
     for shard in shards:
-        for columns in _columns(job.part("scores", shard)):
+        for columns in score_columns(job.part("scores", shard)):
             key = job.methods.order(columns, job.config, job.seed)
             weight = {"tokens": columns["words"], "bytes": columns["bytes"]}.get(unit, np.ones(len(key), np.int64))
             yield Keys(rank_of(key), columns["uid"], shard.index, columns["row"], weight), columns
 
 
-def _pick(job: Job, shards: list[Shard], budget: Budget, counts: Counter[str], ctx: StageContext) -> Cut:
+def _pick(job: Job, shards: list[Shard], budget: Budget, rows: int, ctx: StageContext) -> Cut:
     path = job.folder / "cut.json"
-    asked = budget.amount(counts.total())
+    asked = budget.amount(rows)
     if not path.exists():
         write_json(path, cut_to_json(find_cut(lambda: (keys for keys, _ in _keys(job, shards, budget.unit)), asked)))
     cut = cut_from_json(json.loads(path.read_text(encoding="utf-8")))
     unit = "rows" if budget.unit == "share" else budget.unit
     if not cut.rows:
-        raise DataError(f"the best row alone exceeds the budget of {asked} {unit}", where=f"stages.{ctx.name}.budget", fix="raise the budget")
+        message = f"the best row alone exceeds the budget of {asked} {unit}"
+        raise DataError(message, where=f"stages.{ctx.name}.budget", fix="raise the budget")
     if cut.last is None and cut.eligible_weight < asked:
         _short(asked, unit, cut, budget, ctx)
     return cut
@@ -353,7 +221,12 @@ def _finish(job: Job, shards: list[Shard], state: Arrays, cut: Cut, ctx: StageCo
     report = job.methods.report(state, _stored(job, "statistics", shards), job.config)
     write_json(ctx.out / "state.json", {"selector": job.selector, "seed": job.seed, "cut": cut_to_json(cut), **report})
     ctx.summary.update(rows_out=facts["rows"], tokens=words, **report)
+    ctx.events.log(f"picked {facts['rows']} of {ctx.summary['rows_in']} rows, {words} words; {_spelled_facts(report)}")
     ctx.meta.update(row_type=facts["row_type"], rows=facts["rows"], split={})
+
+
+def _spelled_facts(report: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in report.items())
 
 
 def _picked_words(job: Job, shards: list[Shard], cut: Cut) -> int:

@@ -62,8 +62,9 @@ def gumbel(uid: np.ndarray, seed: int) -> np.ndarray:
 
     salt = int.from_bytes(hashlib.blake2b(f"gumbel:{seed}".encode(), digest_size=8).digest(), "little")
     bits = mix(mix(uid ^ np.uint64(salt)) + np.uint64(salt))
-    uniform = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    return -np.log(-np.log(uniform))
+    uniform: np.ndarray = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    noise: np.ndarray = -np.log(-np.log(uniform))
+    return noise
 
 
 def rank_of(key: np.ndarray) -> np.ndarray:
@@ -153,8 +154,9 @@ def picked(keys: Keys, cut: Cut) -> np.ndarray:
     rank, uid, shard, row = cut.last
     tied = (keys.rank == np.uint64(rank)) & (keys.uid == np.uint64(uid))
     inside = keys.row <= row if keys.shard == shard else np.full(len(keys.rank), keys.shard < shard)
-    before = (keys.rank < np.uint64(rank)) | ((keys.rank == np.uint64(rank)) & (keys.uid < np.uint64(uid)))
-    return before | (tied & inside)
+    before: np.ndarray = (keys.rank < np.uint64(rank)) | ((keys.rank == np.uint64(rank)) & (keys.uid < np.uint64(uid)))
+    before |= tied & inside
+    return before
 
 
 def cut_to_json(cut: Cut) -> dict[str, Any]:

@@ -100,7 +100,9 @@ def _shares(ref: InputRef) -> dict[str, float]:
     return dict(zip(("validation", "test"), split_shares(ref), strict=True))
 
 
-def shard_rows(shard: Shard, heldout: frozenset[str] = frozenset(), tally: Counter[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+def shard_rows(
+    shard: Shard, heldout: frozenset[str] = frozenset(), tally: Counter[str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number, row) of a shard's part.
 
     `tally` takes what was left out: `bad: REASON`, `other part`, `held out`. The sequence is the same at every reading.

@@ -52,7 +52,7 @@ def rows(texts):
     return [{"id": str(i), "text": text} for i, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize("n,buckets", [(1, 16), (2, 10_000), (3, 997), (5, 100_003)])
+@pytest.mark.parametrize(("n", "buckets"), [(1, 16), (2, 10_000), (3, 997), (5, 100_003)])
 def test_counts_equal_the_slow_reference(n, buckets):
     hasher = Hasher(n, buckets)
     for text in TEXTS:
@@ -109,7 +109,8 @@ def test_state_and_report_follow_the_formulas():
     cfg = config(buckets=64, target_pseudo=0.5, smoothing=1e-6)
     raw, target, chosen = ["a b c d e", "x y z w v u"], ["a b c"], ["a b c d e"]
     state = dsir.merge([dsir.fit_shard(rows([t]), cfg, "raw") for t in raw], [dsir.fit_shard(rows(target), cfg, "target")], cfg)
-    total = {name: np.sum([dense(slow_counts(t, 2, 64), 64) for t in texts], axis=0) for name, texts in (("q", raw), ("p", target), ("s", chosen))}
+    named = {"q": raw, "p": target, "s": chosen}
+    total = {name: np.sum([dense(slow_counts(t, 2, 64), 64) for t in texts], axis=0) for name, texts in named.items()}
     p = (total["p"] + 0.5) / (total["p"].sum() + 32)
     q, s = total["q"] / total["q"].sum(), total["s"] / total["s"].sum()
     np.testing.assert_allclose(state["log_diff"], np.log(p + 1e-6) - np.log(q + 1e-6), rtol=1e-14)
@@ -147,7 +148,8 @@ def write(path: Path, data) -> Path:
 
 
 def test_c88_rows_without_words_cannot_win(tmp_path):
-    summary = dsir.select(CASES / "C88-empty-texts.jsonl", write(tmp_path / "t.jsonl", [{"text": "rivers and bridges"}]), tmp_path / "o", rows=4)
+    target = write(tmp_path / "t.jsonl", [{"text": "rivers and bridges"}])
+    summary = dsir.select(CASES / "C88-empty-texts.jsonl", target, tmp_path / "o", rows=4)
     assert summary["not_eligible"] == {"without words": 3} and summary["rows_out"] == 4
     import pyarrow.parquet as pq
 
@@ -211,5 +213,6 @@ def test_the_hash_seed_of_python_does_not_matter(tmp_path):
 
 def test_the_stage_module_is_light():
     code = "import sys, data_pipelines.dsir; print([m for m in ('numpy', 'pyarrow', 'torch', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, check=True)
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
