@@ -1,7 +1,7 @@
 """Methods that only tests know: declarations of the usual shapes with bodies that do nothing.
 
-Importing this module registers them (so `--plugin testonly_methods` works); the fixture `testonly` in a test module
-registers them for that module only.
+Importing this module registers them, so `--plugin testonly_methods` works. A test module calls `hide()` after the import
+and registers `METHODS` by a fixture, so that other tests do not see them.
 """
 
 from __future__ import annotations
@@ -121,6 +121,13 @@ def measure(cfg: QuantConfig, ctx: Any) -> None:
 
 
 METHODS = {name: found for name, found in registry._METHODS.items() if name.startswith("testonly.")}
+
+
+def hide() -> None:
+    """Takes the methods out of the registry again."""
+    for name in METHODS:
+        registry._METHODS.pop(name, None)
+
 
 BASE = """\
 version: 1

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from testonly_methods import BASE, METHODS
+from testonly_methods import BASE, METHODS, hide
 
 from posttrain.cli import main
 from posttrain.config.pipeline import load_pipeline
 from posttrain.core import registry
 from posttrain.errors import ConfigError, format_error
 
+hide()
 FILES = sorted((Path(__file__).parent.parent / "cases" / "bad_yaml").glob("*.yaml"))
 BINARY = {"C99-utf16": (":1:1", "UTF-16")}
 

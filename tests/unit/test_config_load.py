@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from testonly_methods import BASE, METHODS
+from testonly_methods import BASE, METHODS, hide
 
 from posttrain.config.load import MAX_NODES, load_yaml, mark_of, parse_value, parse_yaml, scalar
 from posttrain.config.overrides import apply_overrides
@@ -19,6 +19,7 @@ from posttrain.config.pipeline import parse_pipeline
 from posttrain.core import registry
 from posttrain.errors import ConfigError
 
+hide()
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
 
 
@@ -139,8 +140,7 @@ def testonly() -> Any:
     registry.methods()
     registry._METHODS.update(METHODS)
     yield
-    for name in METHODS:
-        registry._METHODS.pop(name, None)
+    hide()
 
 
 @FUZZ

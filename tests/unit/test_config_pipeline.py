@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from testonly_methods import BASE, METHODS
+from testonly_methods import BASE, METHODS, hide
 
 from posttrain.config.fields import known_fields, suggest
 from posttrain.config.load import parse_yaml
@@ -17,6 +17,8 @@ from posttrain.config.pipeline import Pipeline, data_ref, load_pipeline, parse_p
 from posttrain.config.schema import json_schema
 from posttrain.core import registry
 from posttrain.errors import ConfigError
+
+hide()
 
 
 @pytest.fixture(autouse=True)
