@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain.data.strict_json import RowError
 
-MARK = "\u2042mark\u2042"
+MARK = "9041726351809264173548"
 
 
 def render(tokenizer: Any, turns: list[dict[str, Any]], tools: list[Any] | None, *, generation: bool = False) -> str:

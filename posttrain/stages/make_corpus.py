@@ -96,12 +96,14 @@ def stdlib_files(modules: list[str], exclude: list[str]) -> list[tuple[str, Path
     """(dotted module name, file) of the standard library's sources, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
-    for file in root.rglob("*.py"):
-        parts = file.relative_to(root).with_suffix("").parts
-        top = parts[0]
-        if SKIPPED & set(parts) or top not in sys.stdlib_module_names or top in exclude or (modules and top not in modules):
+    for entry in root.iterdir():
+        top = entry.stem if entry.suffix == ".py" else entry.name
+        if top not in sys.stdlib_module_names or top in SKIPPED or top in exclude or (modules and top not in modules):
             continue
-        found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), file))
+        for file in [entry] if entry.suffix == ".py" else entry.rglob("*.py"):
+            parts = file.relative_to(root).with_suffix("").parts
+            if not SKIPPED & set(parts):
+                found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), file))
     return sorted(found)
 
 
