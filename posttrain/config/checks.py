@@ -74,8 +74,19 @@ def _check_set(wirer: _Wirer, path: str, item: EvalSet) -> None:
             f"`{verified[0]}` needs verifiable rows, but `{ref.name}` holds {ref.rows} rows",
             "use `loss` or `perplexity`, or another source",
         )
+    if verified:
+        _check_reward(wirer, f"{path}.reward", item.reward)
     if not item.metrics:
         wirer.add(f"{path}.metrics", "nothing to measure", "write [loss]")
+
+
+def _check_reward(wirer: _Wirer, path: str, name: str) -> None:
+    from posttrain.rewards.registry import known_rewards
+
+    known = known_rewards()
+    if name not in known:
+        near = nearest(name, known)
+        wirer.add(path, f"no reward is called `{name}`", f"did you mean `{near}`?" if near else f"known rewards: {', '.join(known)}")
 
 
 def _check_stage_eval(wirer: _Wirer, stage: object) -> None:

@@ -64,6 +64,7 @@ MUTATIONS = [
     ("'tasks:validation'", "'chat:validation'", "eval.sets.tasks-val.metrics", "needs verifiable rows"),
     ("'tasks:test'", "'chat:test'", "eval.sets.tasks-test.from", "set `sources.chat.split.test`"),
     ("[loss, accuracy]", "loss", "eval.sets.tasks-val.metrics", "write [loss]"),
+    ("metrics: [accuracy]", "metrics: [accuracy], reward: exat", "eval.sets.tasks-test.reward", "did you mean `exact`?"),
     ("[loss, accuracy]", "[]", "eval.sets.tasks-val.metrics", "nothing to measure"),
     ("stages:", "stage:", "stages", "rename `stage` to `stages`"),
     ("method: testonly.pick", "method: testonly.pik", "stages.picked.method", "did you mean `testonly.pick`?"),
