@@ -33,7 +33,16 @@ def model_card(manifest: Manifest, parents: list[Manifest]) -> str:
         README.md with a YAML head. Secrets are redacted.
     """
     chain = [*parents, manifest]
-    parts = [_head(manifest, chain), _lineage(chain), _inputs(chain), _metrics(chain), _weights(manifest), _papers(chain), _made_with(manifest), _configs(chain)]
+    parts = [
+        _head(manifest, chain),
+        _lineage(chain),
+        _inputs(chain),
+        _metrics(chain),
+        _weights(manifest),
+        _papers(chain),
+        _made_with(manifest),
+        _configs(chain),
+    ]
     return clean("\n\n".join(p for p in parts if p)) + "\n"
 
 
@@ -52,7 +61,8 @@ def _with_config(record: StageRecord) -> Manifest:
 
 
 def _cell(value: Any) -> str:
-    return re.sub(r"\s+", " ", clean("" if value is None else value)).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    text = re.sub(r"\s+", " ", clean("" if value is None else value))
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:
@@ -79,22 +89,28 @@ def licences(chain: list[Manifest]) -> list[str]:
 def _head(manifest: Manifest, chain: list[Manifest]) -> str:
     hub = [str(i["name"]) for i in _bases(chain) if str(i.get("key", "")).startswith("hub:")]
     known = licences(chain)
-    front = {"library_name": "transformers", "tags": ["posttrain", str(manifest.get("method"))], "base_model": hub or None,
-             "license": known[0] if len(known) == 1 else None}  # fmt: skip
-    lines = ["---", *(f"{k}: {dumps(v)}" for k, v in front.items() if v), "---"]
-    said = f"Licence of what it was made from: {', '.join(known)}." if known else "The licence of what it was made from is not recorded; ask its origin before you share it."
-    text = f"A `{manifest.get('kind')}` made by `{manifest.get('method')}` (seed {manifest.get('seed')}) with posttrain {manifest.get('code', {}).get('version', '')}. {said}"
-    return "\n".join([*lines, "", f"# {_cell(manifest.get('name'))}", "", text, "", f"Content digest: `{manifest.get('digest')}`"])
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["posttrain", str(manifest.get("method"))]}
+    front |= {"base_model": hub} if hub else {}
+    front |= {"license": known[0]} if len(known) == 1 else {}
+    unknown = "The licence of what it was made from is not recorded; ask its origin before you share it."
+    said = f"Licence of what it was made from: {', '.join(known)}." if known else unknown
+    version = manifest.get("code", {}).get("version", "")
+    text = f"A `{manifest.get('kind')}` made by `{manifest.get('method')}` (seed {manifest.get('seed')}) with posttrain {version}. {said}"
+    lines = ["---", *(f"{k}: {dumps(v)}" for k, v in front.items()), "---", "", f"# {_cell(manifest.get('name'))}", "", text, ""]
+    return "\n".join([*lines, f"Content digest: `{manifest.get('digest')}`"])
 
 
 def _lineage(chain: list[Manifest]) -> str:
-    rows = [[m.get("name"), m.get("method"), m.get("kind"), _moved(m), number(m.get("seconds"), 1), str(m.get("key"))[:16], str(m.get("digest"))[:16]] for m in chain]
+    plain = lambda m: [m.get("name"), m.get("method"), m.get("kind"), _moved(m), number(m.get("seconds"), 1)]  # noqa: E731
+    rows = [[*plain(m), str(m.get("key"))[:16], str(m.get("digest"))[:16]] for m in chain]
     return _titled("Lineage", _table(["stage", "method", "makes", "rows", "seconds", "key", "digest"], rows))
 
 
 def _moved(manifest: Manifest) -> str:
     s = manifest.get("summary", {})
-    return f"{number(s['rows_in'])} to {number(s['rows_out'])}" if "rows_in" in s and "rows_out" in s else number(s.get("rows_out", s.get("rows_in")))
+    if "rows_in" in s and "rows_out" in s:
+        return f"{number(s['rows_in'])} to {number(s['rows_out'])}"
+    return number(s.get("rows_out", s.get("rows_in")))
 
 
 def _inputs(chain: list[Manifest]) -> str:
@@ -117,7 +133,8 @@ def _metrics(chain: list[Manifest]) -> str:
         for name in dict.fromkeys([*before, *after]):
             old, new = before.get(name, {}), after.get(name, {})
             for metric in dict.fromkeys([*old, *new]):
-                rows.append([m.get("name"), name, metric, _interval(old.get(metric)), _interval(new.get(metric)), number((new.get(metric) or old.get(metric)).get("n"))])
+                count = (new.get(metric) or old.get(metric)).get("n")
+                rows.append([m.get("name"), name, metric, _interval(old.get(metric)), _interval(new.get(metric)), number(count)])
     return _titled("Measured", _table(["stage", "set", "metric", "before", "after", "n"], rows))
 
 

@@ -16,17 +16,25 @@ from posttrain.core.events import jsonable
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
 
 STYLE = """
-:root{--ink:#1b1f24;--soft:#667085;--line:#d0d5dd;--card:#fff;--page:#f6f7f9;--one:#0072b2;--two:#d55e00;--band:#0072b233;--bad:#c1121f}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#98a2b3;--line:#3a4250;--card:#1c2128;--page:#14181d;--one:#56b4e9;--two:#f0883e;--band:#56b4e933;--bad:#ff6b6b}}
+:root{--ink:#1b1f24;--soft:#667085;--line:#d0d5dd;--card:#fff;--page:#f6f7f9;--one:#0072b2;--two:#d55e00;--band:#0072b233;
+--bad:#c1121f}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#98a2b3;--line:#3a4250;--card:#1c2128;--page:#14181d;--one:#56b4e9;
+--two:#f0883e;--band:#56b4e933;--bad:#ff6b6b}}
 *{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:14px/1.5 system-ui,sans-serif}
-main{max-width:1180px;margin:0 auto;padding:24px}h1{font-size:24px;margin:0}h2{font-size:18px;margin:32px 0 8px}h3{font-size:14px;margin:16px 0 4px}
+main{max-width:1180px;margin:0 auto;padding:24px}h1{font-size:24px;margin:0}h2{font-size:18px;margin:32px 0 8px}h3{font-size:14px;
+margin:16px 0 4px}
 section,details{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 16px;margin:8px 0}
 summary{cursor:pointer;font-weight:600}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:3px 12px 3px 0;text-align:left;vertical-align:top;unicode-bidi:isolate;overflow-wrap:anywhere}th{color:var(--soft);font-weight:600;border-bottom:1px solid var(--line);white-space:nowrap}
-pre,code,.mono{font:12px/1.45 ui-monospace,monospace}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0;unicode-bidi:isolate}
-.grid{display:flex;flex-wrap:wrap;gap:12px}.soft{color:var(--soft)}.wide{overflow-x:auto}svg{max-width:100%;height:auto}svg text{fill:var(--ink);font:11px system-ui,sans-serif}
-svg .soft{fill:var(--soft)}.axis{stroke:var(--line);fill:none}.curve{stroke:var(--one);fill:none;stroke-width:1.5}.band{fill:var(--band);stroke:none}.bad{stroke:var(--bad);fill:var(--bad)}
-.one{fill:var(--one);stroke:var(--one)}.two{fill:var(--two);stroke:var(--two)}.old{fill:var(--soft);stroke:var(--soft)}.half{fill-opacity:.45}.box{fill:var(--card);stroke:var(--line)}.edge{stroke:var(--soft);fill:none}
+th,td{padding:3px 12px 3px 0;text-align:left;vertical-align:top;unicode-bidi:isolate;overflow-wrap:anywhere}th{color:var(--soft);
+font-weight:600;border-bottom:1px solid var(--line);white-space:nowrap}
+pre,code,.mono{font:12px/1.45 ui-monospace,monospace}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0;
+unicode-bidi:isolate}
+.grid{display:flex;flex-wrap:wrap;gap:12px}.soft{color:var(--soft)}.wide{overflow-x:auto}svg{max-width:100%;height:auto}
+svg text{fill:var(--ink);font:11px system-ui,sans-serif}
+svg .soft{fill:var(--soft)}.axis{stroke:var(--line);fill:none}.curve{stroke:var(--one);fill:none;stroke-width:1.5}
+.band{fill:var(--band);stroke:none}.bad{stroke:var(--bad);fill:var(--bad)}
+.one{fill:var(--one);stroke:var(--one)}.two{fill:var(--two);stroke:var(--two)}.old{fill:var(--soft);stroke:var(--soft)}
+.half{fill-opacity:.45}.box{fill:var(--card);stroke:var(--line)}.edge{stroke:var(--soft);fill:none}
 """
 
 

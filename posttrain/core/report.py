@@ -88,7 +88,10 @@ def _lineage(records: list[StageRecord]) -> str:
             source = f"{item.get('name')} {item.get('key')}" if known else f"{item.get('origin')} {item.get('name')} {item.get('key')}"
             nodes.setdefault(source, (str(item.get("name")), [str(item.get("origin")), f"digest {str(item.get('digest'))[:16]}"]))
             edges.append((source, target, f"{item.get('port')} ({item.get('split')})"))
-        nodes[target] = (record.name, [f"{m.get('method')} → {m.get('kind')}", f"key {str(m.get('key'))[:16]}", f"digest {str(m.get('digest'))[:16]}"])
+        nodes[target] = (
+            record.name,
+            [f"{m.get('method')} → {m.get('kind')}", f"key {str(m.get('key'))[:16]}", f"digest {str(m.get('digest'))[:16]}"],
+        )
     return svg.lineage(nodes, edges)
 
 
@@ -125,7 +128,8 @@ def _curves(record: StageRecord) -> str:
     drawn = [svg.curve(name, curves[name]) for name in order]
     if not drawn:
         return ""
-    more = folded(f"{len(drawn) - CURVES_SHOWN} more", f"<div class=grid>{''.join(drawn[CURVES_SHOWN:])}</div>") if len(drawn) > CURVES_SHOWN else ""
+    rest = drawn[CURVES_SHOWN:]
+    more = folded(f"{len(rest)} more", f"<div class=grid>{''.join(rest)}</div>") if rest else ""
     return f"<section><h3>{esc(record.name)}</h3><div class=grid>{''.join(drawn[:CURVES_SHOWN])}</div>{more}</section>"
 
 
@@ -185,9 +189,9 @@ def _sample_cell(value: Any) -> str:
 def _artifact(record: StageRecord, run: RunDir) -> str:
     m = record.manifest
     files = [[f.get("path"), size(f.get("size")), str(f.get("sha256"))[:16]] for f in m.get("files", [])]
-    facts = [["folder", record.folder.relative_to(run.path).as_posix()], ["kind", m.get("kind")], ["method", f"{m.get('method')} v{m.get('method_version')}"],
-             ["key", m.get("key")], ["digest", m.get("digest")], ["seed", m.get("seed")], ["attempts", m.get("attempts")],
-             ["ended", _when(m.get("ended"))], *[[f"in.{i.get('port')}", f"{i.get('name')}:{i.get('split')} {i.get('digest')}"] for i in m.get("inputs", [])]]  # fmt: skip
+    facts = [[k, m.get(k)] for k in ("kind", "method", "method_version", "key", "digest", "seed", "attempts")]
+    facts += [["folder", record.folder.relative_to(run.path).as_posix()], ["ended", _when(m.get("ended"))]]
+    facts += [[f"in.{i.get('port')}", f"{i.get('name')}:{i.get('split')} {i.get('digest')}"] for i in m.get("inputs", [])]
     summary = f"<h3>summary</h3><pre>{esc(_json(_without_bulk(record.summary)))}</pre>"
     return folded(f"{record.name} ({m.get('kind')})", table(["", ""], facts) + table(["file", "size", "sha256"], files) + summary)
 
@@ -209,11 +213,9 @@ def _card(records: list[StageRecord]) -> str:
 
 
 def _settings(run: RunDir, records: list[StageRecord]) -> str:
-    parts = []
-    try:
-        parts.append(folded("pipeline.yaml", f"<pre>{esc((run.path / 'pipeline.yaml').read_text(encoding='utf-8', errors='replace'))}</pre>"))
-    except OSError:
-        pass
+    path = run.path / "pipeline.yaml"
+    source = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    parts = [folded("pipeline.yaml", f"<pre>{esc(source)}</pre>") if source else ""]
     for record in records:
         parts.append(folded(f"{record.name}: config", f"<pre>{esc(_json(record.config))}</pre>") if record.config else "")
     shown: dict[str, list[str]] = {}

