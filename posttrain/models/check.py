@@ -70,7 +70,9 @@ def _indexed(folder: Path) -> list[Path]:
     names = sorted(set(map(str, weight_map.values())))
     for name in names:
         if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
-            raise ArtifactError(f"the index names `{name}`; only .safetensors files inside the folder are read", where=str(where), fix="correct the index")
+            raise ArtifactError(
+                f"the index names `{name}`; only .safetensors files inside the folder are read", where=str(where), fix="correct the index"
+            )
     for name in names:
         held = set(read_header(folder / name))
         listed = {tensor for tensor, file in weight_map.items() if file == name}

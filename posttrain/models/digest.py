@@ -2,7 +2,7 @@
 
 The digest is taken over the (name, sha256 of the bytes) pairs of the files that decide what a model computes: weights,
 configs, tokenizer, template, remote code. README files, optimizer states and hidden files do not enter. A hub id needs
-no bytes: its full commit names the content.
+no bytes: its full commit names the content. Hashes of files are remembered as those of data files are.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core.artifact import InputRef
-from posttrain.core.hashing import digest_of, file_digest
+from posttrain.core.hashing import digest_of
+from posttrain.data.sources import _file_digests, default_cache
 from posttrain.models.source import BASE_FILE, Source, read_base, resolve_model
 
 SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".py", ".gguf", ".tiktoken"})
-_SEEN: dict[tuple[str, int, int, int], str] = {}
 
 
 def model_digest(spec: InputRef | Mapping[str, Any] | str | Path | Source | Any) -> str:
@@ -47,8 +47,4 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def _remembered(file: Path) -> str:
-    stat = file.stat()
-    key = (str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    if key not in _SEEN:
-        _SEEN[key] = file_digest(file)
-    return _SEEN[key]
+    return _file_digests([file], default_cache())[0][1]

@@ -7,10 +7,7 @@ themselves be adapters. Weights that the checkpoint lacks are an error, never a 
 
 from __future__ import annotations
 
-import io
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,8 @@ from posttrain.core.artifact import InputRef
 from posttrain.errors import ArtifactError
 from posttrain.models.check import check_folder
 from posttrain.models.digest import model_digest
+from posttrain.models.plain import plain_model
+from posttrain.models.quiet import quiet
 from posttrain.models.source import ADAPTER_CONFIG, Source, offline, read_base, read_json, resolve_model
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
@@ -32,8 +31,8 @@ class LoadedModel:
     Args:
         model: transformers model in eval mode (a PeftModel for an adapter with `merge=False`).
         tokenizer: its tokenizer.
-        source: where it was read from.
-        base: base of an adapter; for every other form the source itself. `save_model(base=loaded.base)` after training
+        source: what was named: hub id, package, path or artifact.
+        base: base of an adapter, named the same way; for every other form the source itself. `save_model(base=loaded.base)` after training
             the same adapter on, `save_model(base=loaded.source)` after starting a new one.
         kind: `model`, `adapter` or `quantized`: what the source is.
         dtype: the checkpoint's own type, e.g. `bfloat16`.
@@ -69,7 +68,8 @@ def load_model(
     Raises:
         ArtifactError: the source is unreachable, incomplete, damaged, of another size than its tokenizer, or lacks weights.
     """
-    source = fetch(resolve_model(ref), trust_remote_code)
+    named = resolve_model(ref)
+    source = fetch(named, trust_remote_code)
     where = device or _default_device()
     options = {"attn": attn, "trust": trust_remote_code}
     own = checkpoint_dtype(source)
@@ -78,28 +78,27 @@ def load_model(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     _same_size(model, tokenizer, source)
     model = model.to(where) if where != "cpu" else model
-    return LoadedModel(model.eval(), tokenizer, source, base, kind, own)
+    return LoadedModel(model.eval(), tokenizer, named, base or named, kind, own)
 
 
-def _load(source: Source, dtype: Any, merge: bool, options: dict[str, Any]) -> tuple[Any, Source, str]:
+def _load(source: Source, dtype: Any, merge: bool, options: dict[str, Any]) -> tuple[Any, Source | None, str]:
+    """(model, base of an adapter as it is named, kind) of a fetched source."""
     import torch
 
     if source.form == "adapter":
         base = _checked_base(source)
-        model, _, _ = _load(base, torch.float32 if merge else dtype, True, options)
+        model, _, _ = _load(fetch(base, options["trust"]), torch.float32 if merge else dtype, True, options)
         return (_merged(model, source, dtype) if merge else _attached(model, source)), base, "adapter"
-    if source.form == "gguf":
-        return _from_gguf(source, dtype, options), source, "model"
     check_folder(source.path)
     quantized = read_json(source.path / "config.json").get("quantization_config")
     model = _from_folder(source, dtype, options, quantized)
-    return model, source, "quantized" if quantized else "model"
+    return model, None, "quantized" if quantized else "model"
 
 
 def _merged(model: Any, source: Source, dtype: Any) -> Any:
-    from posttrain.models.merge import merge_adapter
+    from posttrain.models.merge import cast_weights, merge_adapter
 
-    return merge_adapter(model, source.path).to(dtype)
+    return cast_weights(merge_adapter(model, source.path), dtype)
 
 
 def _attached(model: Any, source: Source) -> Any:
@@ -117,15 +116,19 @@ def _checked_base(adapter: Source) -> Source:
             where=adapter.where,
             fix="restore the base, or train the adapter again",
         )
-    return fetch(base, False)
+    return base
 
 
 def fetch(source: Source, trust_remote_code: bool = False) -> Source:
-    """A local Source: hub files are downloaded (or found in the local cache), everything else is returned as it is.
+    """A local folder: hub files are downloaded (or found in the local cache), a GGUF file is converted once.
 
     Raises:
-        ArtifactError: not reachable, not cached, no such repository or commit, or access refused.
+        ArtifactError: not reachable, not cached, no such repository or commit, access refused, or an unreadable GGUF file.
     """
+    if source.form == "gguf":
+        from posttrain.models.gguf import converted
+
+        return converted(source)
     if source.form != "hub":
         return source
     from huggingface_hub import snapshot_download
@@ -133,22 +136,32 @@ def fetch(source: Source, trust_remote_code: bool = False) -> Source:
 
     patterns = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
     try:
-        folder = Path(snapshot_download(source.id, revision=source.revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=offline()))
+        folder = Path(
+            snapshot_download(
+                source.id, revision=source.revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=offline()
+            )
+        )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise ArtifactError("the model is not in the local hub cache and the hub cannot be asked", where=source.where, fix="unset HF_HUB_OFFLINE, or set `model.offline` to a local folder, GGUF file or package") from error
+        raise ArtifactError(
+            "the model is not in the local hub cache and the hub cannot be asked",
+            where=source.where,
+            fix="unset HF_HUB_OFFLINE, or set `model.offline` to a local folder, GGUF file or package",
+        ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ArtifactError(f"the hub refused: {str(error).splitlines()[0]}", where=source.where, fix="check id and revision; a gated model needs `hf auth login`") from error
+        raise ArtifactError(
+            f"the hub refused: {str(error).splitlines()[0]}",
+            where=source.where,
+            fix="check id and revision; a gated model needs `hf auth login`",
+        ) from error
     form = "adapter" if (folder / ADAPTER_CONFIG).is_file() else "folder"
     return replace(source, form=form, path=folder, digest=model_digest(source))
 
 
 def checkpoint_dtype(source: Source) -> str:
     """The type a checkpoint was saved in (`float32` where it does not say); an adapter answers for its base."""
-    if source.form == "gguf":
-        return "float32"
+    source = fetch(source)
     if source.form == "adapter":
-        base, _ = read_base(source.path)
-        return checkpoint_dtype(base) if base.form != "hub" else checkpoint_dtype(fetch(base))
+        return checkpoint_dtype(read_base(source.path)[0])
     config = read_json(source.path / "config.json")
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
@@ -160,17 +173,18 @@ def load_tokenizer(ref: InputRef | Mapping[str, Any] | str | Path | Source | Any
         ArtifactError: there is none, or it cannot be read.
     """
     source = fetch(resolve_model(ref), trust_remote_code)
-    if source.form == "gguf":
-        folder, extra = source.path.parent, {"gguf_file": source.path.name}
-    else:
-        folder, extra = source.path, {}
-        if source.form == "adapter" and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-            return load_tokenizer(read_base(folder)[0], trust_remote_code=trust_remote_code)
+    folder = source.path
+    if source.form == "adapter" and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return load_tokenizer(read_base(folder)[0], trust_remote_code=trust_remote_code)
     try:
-        with _quiet():
-            return _tokenizer_class(folder).from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True, **extra)
+        with quiet():
+            return _tokenizer_class(folder).from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     except EXPECTED as error:
-        raise ArtifactError(f"the tokenizer cannot be read: {_first_line(error)}", where=source.where, fix="the model folder must hold tokenizer.json and tokenizer_config.json") from error
+        raise ArtifactError(
+            f"the tokenizer cannot be read: {_first_line(error)}",
+            where=source.where,
+            fix="the model folder must hold tokenizer.json and tokenizer_config.json",
+        ) from error
 
 
 def _tokenizer_class(folder: Path) -> Any:
@@ -189,64 +203,57 @@ def _tokenizer_class(folder: Path) -> Any:
 
 def _from_folder(source: Source, dtype: Any, options: dict[str, Any], quantized: Mapping[str, Any] | None) -> Any:
     extra = {"quantization_config": _dequantizing(quantized, source)} if quantized else {}
-    model, report = _pretrained(source, str(source.path), dtype, options, **extra)
+    model, report = pretrained(source, str(source.path), dtype, options, **extra)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ArtifactError(
-            f"the checkpoint lacks {len(missing)} weights, first {missing[0]}; they would be random", where=source.where, fix="copy the model folder again, whole; for a classifier or encoder give a causal language model"
+            f"the checkpoint lacks {len(missing)} weights, first {missing[0]}; they would be random",
+            where=source.where,
+            fix="copy the model folder again, whole; for a classifier or encoder give a causal language model",
         )
-    return _plain(model) if quantized else model
+    return plain_model(model) if quantized else model
 
 
-def _pretrained(source: Source, folder: str, dtype: Any, options: dict[str, Any], **extra: Any) -> tuple[Any, dict[str, Any]]:
+def pretrained(source: Source, folder: str, dtype: Any, options: dict[str, Any], **extra: Any) -> tuple[Any, dict[str, Any]]:
+    """(model, loading report) of transformers' `from_pretrained` on a local folder, which never asks the hub.
+
+    Raises:
+        ArtifactError: transformers refuses; `source` names the place in the message.
+    """
     from transformers import AutoModelForCausalLM
 
     if options["attn"] != "auto":
         extra["attn_implementation"] = options["attn"]
     try:
-        with _quiet():
+        with quiet():
             return AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=options["trust"], local_files_only=True, output_loading_info=True, use_safetensors=None if "gguf_file" in extra else True, **extra
+                folder,
+                dtype=dtype,
+                trust_remote_code=options["trust"],
+                local_files_only=True,
+                output_loading_info=True,
+                use_safetensors=None if "gguf_file" in extra else True,
+                **extra,
             )
     except EXPECTED as error:
-        raise ArtifactError(f"transformers cannot load it: {_first_line(error)}", where=source.where, fix="see the message; `--trust-remote-code` runs code that comes with a model") from error
+        raise ArtifactError(
+            f"transformers cannot load it: {_first_line(error)}",
+            where=source.where,
+            fix="see the message; `--trust-remote-code` runs code that comes with a model",
+        ) from error
 
 
 def _dequantizing(quantized: Mapping[str, Any], source: Source) -> Any:
     method = quantized.get("quant_method")
     if method != "compressed-tensors":
-        raise ArtifactError(f"cannot load a `{method}` checkpoint as a float model", where=source.where, fix="give the float checkpoint, or one in compressed-tensors format")
+        raise ArtifactError(
+            f"cannot load a `{method}` checkpoint as a float model",
+            where=source.where,
+            fix="give the float checkpoint, or one in compressed-tensors format",
+        )
     from transformers import CompressedTensorsConfig
 
     return CompressedTensorsConfig(dequantize=True)
-
-
-def _plain(model: Any) -> Any:
-    """A dequantized model rebuilt as a model of its class without any trace of quantization, so that it can be saved."""
-    from transformers import AutoModelForCausalLM
-
-    settings = model.config.to_dict()
-    settings.pop("quantization_config", None)
-    config = type(model.config)(**settings)
-    config._attn_implementation = model.config._attn_implementation
-    wanted = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    state = model.state_dict()
-    wanted.load_state_dict({name: state[name] for name in wanted.state_dict()}, assign=False)
-    wanted.generation_config = model.generation_config
-    wanted.tie_weights()
-    return wanted
-
-
-def _from_gguf(source: Source, dtype: Any, options: dict[str, Any]) -> Any:
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise ArtifactError("reading a GGUF file needs the package `gguf`", where=source.where, fix="pip install gguf") from None
-    model, report = _pretrained(source, str(source.path.parent), dtype, options, gguf_file=source.path.name)
-    missing = sorted(name for name in report["missing_keys"] if name != "lm_head.weight")
-    if missing:
-        raise ArtifactError(f"the GGUF file lacks {len(missing)} weights, first {missing[0]}", where=source.where, fix="download the file again")
-    return _plain(model)
 
 
 def _same_size(model: Any, tokenizer: Any, source: Source) -> None:
@@ -254,7 +261,9 @@ def _same_size(model: Any, tokenizer: Any, source: Source) -> None:
     top = max(tokenizer.get_vocab().values(), default=0)
     if top >= rows:
         raise ArtifactError(
-            f"the tokenizer knows token id {top}, the embedding has {rows} rows", where=source.where, fix="resize the model's embeddings and save it with its tokenizer, or give the tokenizer that belongs to it"
+            f"the tokenizer knows token id {top}, the embedding has {rows} rows",
+            where=source.where,
+            fix="resize the model's embeddings and save it with its tokenizer, or give the tokenizer that belongs to it",
         )
 
 
@@ -276,20 +285,3 @@ def _default_device() -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences transformers' warnings and all progress bars; what matters of them is raised as an error above."""
-    from transformers.utils import logging as hf_logging
-
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.ERROR)
-    hf_logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()

@@ -32,7 +32,9 @@ def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     try:
         attached = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ArtifactError(f"the adapter does not fit its base: {str(error)[:400]}", where=str(folder), fix="give the base it was trained on") from error
+        raise ArtifactError(
+            f"the adapter does not fit its base: {str(error)[:400]}", where=str(folder), fix="give the base it was trained on"
+        ) from error
     _all_found(attached, folder)
     return attached
 
@@ -48,11 +50,21 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     try:
         merged = attached.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise NumericsError(f"merging the adapter gives non-finite weights: {error}", where=str(folder), fix="train it again from its last good checkpoint") from error
+        raise NumericsError(
+            f"merging the adapter gives non-finite weights: {error}", where=str(folder), fix="train it again from its last good checkpoint"
+        ) from error
     if hasattr(merged, "peft_config"):
         del merged.peft_config
     merged.tie_weights()
     return merged
+
+
+def cast_weights(model: Any, dtype: Any) -> Any:
+    """`model` with its weights in `dtype`; unlike `model.to`, the float32 tables of rotary embeddings keep their precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 def _fit_vocabulary(model: Any, folder: Path) -> None:
@@ -81,5 +93,7 @@ def _all_found(attached: Any, folder: Path) -> None:
     if lost or stray:
         name, what = (lost[0], "lacks") if lost else (stray[0], "holds, for no module of the base,")
         raise ArtifactError(
-            f"the adapter {what} {name} ({len(lost)} missing, {len(stray)} without a place)", where=str(folder / ADAPTER_WEIGHTS), fix="give the base it was trained on"
+            f"the adapter {what} {name} ({len(lost)} missing, {len(stray)} without a place)",
+            where=str(folder / ADAPTER_WEIGHTS),
+            fix="give the base it was trained on",
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from posttrain.models.check import ADAPTER_WEIGHTS, folder_bytes
 from posttrain.models.digest import model_digest
+from posttrain.models.quiet import quiet
 from posttrain.models.source import ADAPTER_CONFIG, BASE_FILE, Source, base_record, read_json, resolve_model
 
 PRIVATE_KEYS = frozenset({"_name_or_path", "name_or_path", "is_local", "local_files_only", "tokenizer_file", "_commit_hash"})
@@ -52,7 +53,11 @@ def save_model(
     inner = model.get_base_model() if adapter else model
     save_tokenizer(tokenizer, out)
     save_generation_config(inner, tokenizer, out)
-    facts |= {"size_bytes": folder_bytes(out), "vocab_size": inner.get_input_embeddings().weight.shape[0], "dtype": str(inner.dtype).removeprefix("torch.")}
+    facts |= {
+        "size_bytes": folder_bytes(out),
+        "vocab_size": inner.get_input_embeddings().weight.shape[0],
+        "dtype": str(inner.dtype).removeprefix("torch."),
+    }
     if meta is not None:
         meta.update(facts)
     return facts
@@ -67,6 +72,7 @@ def save_tokenizer(tokenizer: Any, out: Path) -> None:
 def save_generation_config(model: Any, tokenizer: Any, out: Path) -> None:
     """generation_config.json with every end token: the model's own, and the tokenizer's."""
     settings = json.loads(model.generation_config.to_json_string(use_diff=True))
+    settings.pop("_from_model_config", None)
     settings["eos_token_id"] = stop_ids(model, tokenizer)
     if settings.get("pad_token_id") is None and tokenizer.pad_token_id is not None:
         settings["pad_token_id"] = tokenizer.pad_token_id
@@ -87,7 +93,8 @@ def _save_weights(model: Any, out: Path, max_shard_gb: float, state: dict[str, A
     kept = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        model.save_pretrained(str(out), state_dict=state, max_shard_size=f"{max(int(max_shard_gb * 1000), 1)}MB")
+        with quiet():
+            model.save_pretrained(str(out), state_dict=state, max_shard_size=f"{max(int(max_shard_gb * 1000), 1)}MB")
     finally:
         model.generation_config = kept
     clean_json(out / "config.json")

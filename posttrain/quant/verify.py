@@ -1,7 +1,7 @@
-"""Reads an export back, twice: by an independent reader of the bytes, and by transformers.
+"""Reads an export back from its bytes.
 
 The reader follows the published layout with numpy and nothing of our packer, so a wrong offset, order or zero point
-cannot cancel out: its weights must equal ours exactly. The reload compares logits with those of the model in memory.
+cannot cancel out: its weights must equal ours exactly. (`models/reload.py` does the same through transformers, by logits.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 from posttrain.errors import QuantError
 from posttrain.models.check import read_header, weight_files
 
-LIMIT = 1e-4
 AGAIN = "please report this with the model's config.json; `export.reload_check: false` writes the folder all the same"
 
 
@@ -42,7 +41,11 @@ def read_layer(tensors: dict[str, tuple[Path, dict[str, Any]]], name: str, bits:
     scale = read_array(*tensors[f"{name}.weight_scale"]).astype(np.float32)
     codes = _codes(read_array(*tensors[f"{name}.weight_packed"]), bits, columns)
     packed_zero = tensors.get(f"{name}.weight_zero_point")
-    zero = np.float32(2 ** (bits - 1)) if packed_zero is None else _codes(read_array(*packed_zero).T, bits, out).T.astype(np.float32)[:, :, None]
+    zero = (
+        np.float32(2 ** (bits - 1))
+        if packed_zero is None
+        else _codes(read_array(*packed_zero).T, bits, out).T.astype(np.float32)[:, :, None]
+    )
     grouped = codes.astype(np.float32).reshape(out, scale.shape[1], -1)
     return ((grouped - zero) * scale[:, :, None]).reshape(out, columns)
 
@@ -81,41 +84,3 @@ def check_bytes(folder: Path, weights: dict[str, Any], bits: int) -> dict[str, i
     held = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, (_, entry) in tensors.items()}
     packed = sum(size for name, size in held.items() if name.rpartition(".")[0] in weights and "weight_" in name)
     return {"quantized_bytes": packed, "dense_bytes": sum(held.values()) - packed}
-
-
-def probe_logits(model: Any, rows: int = 2, length: int = 32) -> Any:
-    """float32 logits [rows, length, vocab] on fixed pseudo-random tokens."""
-    import torch
-
-    size = model.get_input_embeddings().weight.shape[0]
-    length = min(length, getattr(model.config, "max_position_embeddings", length) or length)
-    ids = torch.randint(0, size, (rows, length), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
-
-
-def check_reload(folder: Path, expected: Any, **options: Any) -> tuple[Any, dict[str, float]]:
-    """Loads the export with transformers and compares its logits.
-
-    Args:
-        folder: the export.
-        expected: `probe_logits` of the model in memory.
-        options: of `load_model`.
-
-    Returns:
-        (LoadedModel, {"reload_max_diff", "reload_limit"}); the limit is LIMIT times the standard deviation of the logits.
-
-    Raises:
-        QuantError: logits differ by more, or are not finite.
-    """
-    import torch
-
-    from posttrain.models.load import load_model
-
-    loaded = load_model(folder, **options)
-    found = probe_logits(loaded.model)
-    limit = LIMIT * float(expected.std())
-    worst = float((found - expected).abs().max()) if torch.isfinite(found).all() else float("inf")
-    if not worst <= limit:
-        raise QuantError(f"logits of the reloaded export differ by {worst:g}, the limit is {limit:g}", where=str(folder), fix=AGAIN)
-    return loaded, {"reload_max_diff": worst, "reload_limit": limit}
