@@ -94,13 +94,13 @@ def _weighted(model: Any, weights: torch.Tensor) -> Callable[..., Any]:
 
 
 def labels_of(input_ids: Sequence[int], loss_mask: Sequence[Any]) -> list[int]:
-    """Labels: the token id where it carries loss, else -100."""
-    return [token if keep else IGNORED for token, keep in zip(input_ids, loss_mask, strict=True)]
+    """Labels: the token id where it carries loss, else -100; the first token of a row is never predicted."""
+    return [token if keep and i else IGNORED for i, (token, keep) in enumerate(zip(input_ids, loss_mask, strict=True))]
 
 
 def supervised(labels: Sequence[int]) -> int:
-    """Tokens that carry loss; the first token of a sequence is never predicted."""
-    return sum(label != IGNORED for label in labels[1:])
+    """Tokens that carry loss."""
+    return sum(label != IGNORED for label in labels)
 
 
 def encode_dataset(encoded: Sequence[Any], weights: Sequence[float] | None = None) -> Dataset:

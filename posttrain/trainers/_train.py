@@ -268,9 +268,9 @@ def best_folder(work: Path) -> Path | None:
 def _watch(cfg: TrainConfig, ctx: StageContext, trainer: Any, tokenizer: Any) -> None:
     if not cfg.commit.best and not cfg.eval.every:
         return
-    from posttrain.eval import evaluate, load_eval_sets
+    from posttrain.eval import evaluate, load_eval_sets, validation_sets
 
-    sets = [item for item in load_eval_sets(ctx) if item.ref.split == "validation"]
+    sets = validation_sets(load_eval_sets(ctx))
     if cfg.commit.best and cfg.commit.best.metric.rpartition(".")[0] not in {item.name for item in sets}:
         raise ConfigError(f"`{cfg.commit.best.metric}` names no validation set", where=f"stages.{ctx.name}.commit.best.metric", fix="use SET.METRIC of a set `from: SOURCE:validation`")
     trainer.add_callback(Watch(cfg, ctx, trainer, tokenizer, lambda model, tok: evaluate(model, tok, sets, seed=ctx.seed, batch=ctx.eval.get("batch", 64))))
