@@ -76,6 +76,4 @@ def accuracy_values(
 
 
 def _pass_values(judged: Sequence[Sequence[bool]], samples: int) -> dict[str, Value]:
-    return {
-        f"pass@{k}": rate([pass_at_k(len(row), sum(row), k) for row in judged if len(row) >= k]) for k in pass_ks(samples)
-    }
+    return {f"pass@{k}": rate([pass_at_k(len(row), sum(row), k) for row in judged if len(row) >= k]) for k in pass_ks(samples)}

@@ -68,8 +68,11 @@ def token_mean(sums: Sequence[float], counts: Sequence[int], z: float = Z95) -> 
 
 def exponential(value: Value) -> Value:
     """exp of a value and its bounds: perplexity from a mean loss in nats."""
-    bounds = [None if value[key] is None else math.exp(min(value[key], 700.0)) for key in ("value", "low", "high")]
-    return value_of(*bounds, value["n"])
+
+    def bounded(x: float | None) -> float | None:
+        return None if x is None else math.exp(min(x, 700.0))
+
+    return {**value, **{key: bounded(value[key]) for key in ("value", "low", "high")}}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -17,8 +17,11 @@ LOGIT_BYTES = 512 << 20
 class Tokens(Protocol):
     """One encoded row: `loss_mask[i]` says that token i, predicted from those before it, carries loss."""
 
-    input_ids: Sequence[int]
-    loss_mask: Sequence[int]
+    @property
+    def input_ids(self) -> Sequence[int]: ...
+
+    @property
+    def loss_mask(self) -> Sequence[int]: ...
 
 
 def row_losses(

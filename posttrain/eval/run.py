@@ -211,9 +211,7 @@ def around(ctx: StageContext, when: str, model: Any, tokenizer: Any) -> Results 
     results = _recorded(ctx, mark) if when == "before" else None
     if results is None:
         ctx.events.log(f"evaluating {when}", sets=list(ctx.eval["sets"]))
-        results = evaluate(
-            model, tokenizer, load_eval_sets(ctx), seed=ctx.seed, events=ctx.events, batch=ctx.eval.get("batch", 64)
-        )
+        results = evaluate(model, tokenizer, load_eval_sets(ctx), seed=ctx.seed, events=ctx.events, batch=ctx.eval.get("batch", 64))
     else:
         ctx.events.log("evaluation before: taken over from the input", sets=list(results))
     ctx.summary.setdefault("eval", {})[when] = results

@@ -63,7 +63,8 @@ class MathProcess:
             if not line:
                 self._kill()
                 return "error: the child died"
-            return json.loads(line)
+            verdict: bool | str = json.loads(line)
+            return verdict
 
     def _start(self) -> None:
         if self._owner == os.getpid() and self.pid is not None:

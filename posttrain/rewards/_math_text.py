@@ -34,7 +34,12 @@ _NAMED = re.compile(r"^([a-zA-Z](?:_\{?\w+\}?)?)\s*=\s*([^=<>]+)$")
 _CHOICE = re.compile(r"^\(?([A-Za-z])[).]?\.?$")
 _COMMANDS = re.compile(r"\\[a-zA-Z]+")
 _WORD = re.compile(r"[A-Za-z]{3,}|\b(?:or|is)\b")
-_FUNCTIONS = frozenset("sin cos tan cot sec csc log exp sqrt max min mod gcd lcm arcsin arccos arctan sinh cosh tanh det abs inf".split())
+_TRIGONOMETRIC = ("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh")
+_FUNCTIONS = frozenset((*_TRIGONOMETRIC, "log", "exp", "sqrt", "max", "min", "mod", "gcd", "lcm", "det", "abs", "inf"))
+_SPELLINGS = {
+    "−": "-", "–": "-", "∞": r"\infty", "π": r"\pi", "√": r"\sqrt", "×": r"\times", r"\$": "", r"\%": "%",
+    r"\lbrace": r"\{", r"\rbrace": r"\}",
+}  # fmt: skip
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 MAX_CHARS = 2000
 
@@ -42,8 +47,8 @@ MAX_CHARS = 2000
 def normalise(text: str) -> str:
     """`text` with notation that carries no meaning removed; the string two equal answers usually share."""
     text = text.strip().strip("$").strip()
-    text = text.replace("−", "-").replace("–", "-").replace("∞", r"\infty").replace("π", r"\pi").replace("√", r"\sqrt").replace("×", r"\times")
-    text = text.replace(r"\$", "").replace(r"\%", "%").replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
+    for spelling, plain in _SPELLINGS.items():
+        text = text.replace(spelling, plain)
     text = re.sub(r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ",", text)
     text = _TRAILING_UNIT.sub("", text)
     text = _SPACES.sub(lambda match: "" if match.group()[:2] in (r"\!", r"\l", r"\r", r"\d") else " ", text)
@@ -177,7 +182,7 @@ def decide(gold: str, answer: str) -> bool | None:
         return False
     if re.fullmatch(r"[A-Z]", gold):
         choice = _CHOICE.match(answer)
-        return bool(choice) and choice.group(1).upper() == gold
+        return choice is not None and choice.group(1).upper() == gold
     return _decide(gold, answer)
 
 

@@ -140,7 +140,9 @@ def _check_values(name: str, values: Any, expected: int) -> list[float | None]:
         except (TypeError, ValueError):
             raise RewardError(f"reward `{name}` returned {value!r} for completion {row}: expected a float or None") from None
         if number is not None and not math.isfinite(number):
-            raise NumericsError(f"reward `{name}` is {number} for completion {row}", fix="return None for a completion that cannot be scored")
+            raise NumericsError(
+                f"reward `{name}` is {number} for completion {row}", fix="return None for a completion that cannot be scored"
+            )
         out.append(number)
     return out
 

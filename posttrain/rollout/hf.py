@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.errors import RolloutError
+from posttrain.errors import NumericsError, RolloutError
 from posttrain.rollout.base import Completion, Request
 from posttrain.rollout.sampling import SamplingRows, sample, uniforms
 from posttrain.rollout.stopping import StopRule, end_ids
@@ -157,6 +157,8 @@ class _Drawn:
         """Records the tokens of one step, and returns how many of them belong to open requests."""
         live = self.lengths[self.rows] == 0
         open_rows, new = self.rows[live], chosen[live]
+        if not np.isfinite(values).all():
+            raise NumericsError("the model's logits are not finite while sampling", fix="check the weights: training may have diverged")
         self.ids[open_rows, step], self.logprobs[open_rows, step] = new, values[live]
         stopped = np.isin(new, self.eos)
         for j in np.flatnonzero(self.with_stop[open_rows]):
@@ -194,6 +196,7 @@ class _Prefix:
         self.model, self.names = model, _forward_names(model)
         self.width = max(map(len, distinct))
         self.cache = DynamicCache(config=model.config)
+        self.logits = torch.empty(0)
         ids = torch.zeros(len(distinct), self.width, dtype=torch.long)
         self.mask = torch.ones(len(distinct), self.width + room, dtype=torch.long, device=device)
         for prompt, row in distinct.items():

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from posttrain.errors import NumericsError
 from posttrain.rollout.base import Sampling
 
 
@@ -29,13 +28,13 @@ class SamplingRows:
 
     Args:
         temperature: (B, 1) float32; 1 for greedy rows.
-        greedy: (B,) bool.
+        greedy: (B,) bool; None where no row is greedy.
         top_k: (B,) int64, 0 = off; None where no row uses it.
         top_p: (B, 1) float32, 1 = off; None where no row uses it.
     """
 
     temperature: torch.Tensor
-    greedy: torch.Tensor
+    greedy: torch.Tensor | None
     top_k: torch.Tensor | None
     top_p: torch.Tensor | None
 
@@ -43,15 +42,17 @@ class SamplingRows:
     def of(cls, samplings: Sequence[Sampling], device: torch.device | str = "cpu") -> SamplingRows:
         """Rows of these settings, in order."""
         temperature = torch.tensor([s.temperature or 1.0 for s in samplings], device=device)[:, None]
-        greedy = torch.tensor([s.temperature == 0 for s in samplings], device=device)
+        greedy = (
+            torch.tensor([s.temperature == 0 for s in samplings], device=device) if any(s.temperature == 0 for s in samplings) else None
+        )
         top_k = torch.tensor([s.top_k for s in samplings], device=device) if any(s.top_k for s in samplings) else None
         top_p = torch.tensor([s.top_p for s in samplings], device=device)[:, None] if any(s.top_p < 1 for s in samplings) else None
         return cls(temperature, greedy, top_k, top_p)
 
     def select(self, rows: torch.Tensor) -> SamplingRows:
         """These rows only."""
-        pick = [None if part is None else part[rows] for part in (self.top_k, self.top_p)]
-        return SamplingRows(self.temperature[rows], self.greedy[rows], *pick)
+        pick = [None if part is None else part[rows] for part in (self.greedy, self.top_k, self.top_p)]
+        return SamplingRows(self.temperature[rows], *pick)
 
 
 def sampling_logprobs(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
@@ -92,11 +93,11 @@ def _keep_top_p(scaled: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
 
 def draw(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Token ids (B,) by inverse transform of `uniform` (B,) float64 through the distributions `logprobs` (B, V)."""
-    cumulative = logprobs.exp().to(torch.float64).cumsum(dim=-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    beyond = ids >= logprobs.shape[-1]
-    return torch.where(beyond, logprobs.argmax(dim=-1), ids)
+    cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    inside = torch.nextafter(total, torch.zeros_like(total))
+    target = torch.minimum(uniform[:, None] * total, inside)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logprobs.shape[-1] - 1)
 
 
 def sample(logits: torch.Tensor, rows: SamplingRows, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,20 +109,17 @@ def sample(logits: torch.Tensor, rows: SamplingRows, uniform: torch.Tensor) -> t
         uniform: (B,) float64 in [0, 1).
 
     Returns:
-        ids (B,) int64 and log-probabilities (B,) float32; a greedy row's is 0, its distribution being a point.
-
-    Raises:
-        NumericsError: the logits of a row are not finite.
+        ids (B,) int64 and log-probabilities (B,) float32. A greedy row's is 0, its distribution being a point. NaN where the
+        logits are not finite.
     """
-    best = logits.argmax(dim=-1)
-    if bool(rows.greedy.all()):
-        chosen, values = best, logits.gather(1, best[:, None]).squeeze(1).float()
-        result = torch.zeros_like(values)
-    else:
-        logprobs = sampling_logprobs(logits, rows)
-        chosen = torch.where(rows.greedy, best, draw(logprobs, uniform))
-        values = logprobs.gather(1, chosen[:, None]).squeeze(1)
-        result = values.masked_fill(rows.greedy, 0.0)
-    if not bool(torch.isfinite(values).all()):
-        raise NumericsError("the model's logits are not finite while sampling", fix="check the weights: training may have diverged")
-    return chosen, result
+    if rows.greedy is not None:
+        best, ids = logits.max(dim=-1)
+        certain = best.float() * 0.0
+        if bool(rows.greedy.all()):
+            return ids, certain
+    logprobs = sampling_logprobs(logits, rows)
+    drawn = draw(logprobs, uniform)
+    values = logprobs.gather(1, drawn[:, None]).squeeze(1)
+    if rows.greedy is None:
+        return drawn, values
+    return torch.where(rows.greedy, ids, drawn), torch.where(rows.greedy, certain, values)

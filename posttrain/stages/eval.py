@@ -54,7 +54,7 @@ def _sets(cfg: Config, ctx: Any) -> list[Any]:
     sets = load_eval_sets(ctx)
     for ref in ctx.refs("data"):
         fields = cfg.model_dump(include={"rows", "samples", "max_tokens", "temperature", "reward", "max_length"})
-        spec = EvalSet(from_=ref.label, metrics=cfg.metrics or _default_metrics(ref.rows, cfg.samples), **fields)
+        spec = EvalSet.model_validate({"from": ref.label, "metrics": cfg.metrics or _default_metrics(ref.rows, cfg.samples), **fields})
         sets.append(EvalSetData("data", spec, ref, take_rows(load_rows(ref), cfg.rows)))
     if not sets:
         raise ConfigError("nothing to measure", where=f"stages.{ctx.name}", fix="fill `in.data`, or define `eval.sets`")

@@ -171,9 +171,15 @@ def _summarise(file: Path, cfg: Config, ctx: Any) -> None:
             if len(shown) < SHOWN and record["sample"] == 0:
                 shown.append({key: record[key] for key in SHOWN_KEYS if key in record})
     low, high = wilson(stopped / count, count)
-    ctx.summary.update(rows_out=count, tokens=tokens, samples=shown, finished={"value": stopped / count, "low": low, "high": high, "n": count})
+    ctx.summary.update(
+        rows_out=count, tokens=tokens, samples=shown, finished={"value": stopped / count, "low": low, "high": high, "n": count}
+    )
     if cfg.rewards:
-        ctx.summary["reward"] = {"mean": sum(rewards) / len(rewards) if rewards else None, "n": len(rewards), "unjudged": count - len(rewards)}
+        ctx.summary["reward"] = {
+            "mean": sum(rewards) / len(rewards) if rewards else None,
+            "n": len(rewards),
+            "unjudged": count - len(rewards),
+        }
 
 
 @stage(

@@ -51,7 +51,9 @@ def context(tmp_path, tiny_model_dir, sets, when=("before", "after"), **inputs):
     out.mkdir(exist_ok=True), work.mkdir(exist_ok=True)
     model = InputRef("model", "tiny", "model", "model", key="model-digest", spec={"id": str(tiny_model_dir)})
     evaluation = {"sets": sets, "when": list(when), "batch": 4, "every": None}
-    return StageContext("s", "eval", 3, {"model": [model], **inputs}, out, work, Events(tmp_path / "events.jsonl", "s"), World(), evaluation)
+    return StageContext(
+        "s", "eval", 3, {"model": [model], **inputs}, out, work, Events(tmp_path / "events.jsonl", "s"), World(), evaluation
+    )
 
 
 def row(ids, mask=None):

@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("torch")
 
-from posttrain.core.artifact import InputRef  # noqa: E402
-from posttrain.core.context import StageContext, World  # noqa: E402
-from posttrain.core.events import Events  # noqa: E402
-from posttrain.errors import ConfigError, DataError, RewardError  # noqa: E402
-from posttrain.stages import generate  # noqa: E402
-from posttrain.stages.generate import Config, run  # noqa: E402
+from posttrain.core.artifact import InputRef
+from posttrain.core.context import StageContext, World
+from posttrain.core.events import Events
+from posttrain.errors import ConfigError, DataError, RewardError
+from posttrain.stages import generate
+from posttrain.stages.generate import Config, run
 
 
 def context(folder, model, kind, rows, seed=5):

@@ -30,7 +30,9 @@ def model(tiny_model_dir):
 def requests(tokenizer, sampling, samples=2, prompts=PROMPTS):
     """`samples` requests for each prompt."""
     return [
-        Request(tokenizer.encode(prompt), request_seed(7, prompt, k), sampling, f"{prompt}/{k}") for prompt in prompts for k in range(samples)
+        Request(tokenizer.encode(prompt), request_seed(7, prompt, k), sampling, f"{prompt}/{k}")
+        for prompt in prompts
+        for k in range(samples)
     ]
 
 
@@ -80,7 +82,13 @@ def test_greedy_equals_transformers_generate(model, tiny_tokenizer):
 
 def test_mixed_settings_in_one_batch(model, tiny_tokenizer):
     prompt = tiny_tokenizer.encode("The quick")
-    kinds = [Sampling(6, 0.0), Sampling(3, 1.7), Sampling(9, 1.0, top_k=1), Sampling(9, 1.0, top_p=1e-6), Sampling(5, 0.3, top_k=20, top_p=0.9)]
+    kinds = [
+        Sampling(6, 0.0),
+        Sampling(3, 1.7),
+        Sampling(9, 1.0, top_k=1),
+        Sampling(9, 1.0, top_p=1e-6),
+        Sampling(5, 0.3, top_k=20, top_p=0.9),
+    ]
     wanted = [Request(prompt, 5, kind, str(i)) for i, kind in enumerate(kinds)]
     found = HFEngine(model, tiny_tokenizer).generate(wanted)
     assert all(len(item.token_ids) <= kind.max_tokens for item, kind in zip(found, kinds, strict=True))
