@@ -38,12 +38,12 @@ __all__ = [
     "write_dataset",
 ]
 
-Row = dict[str, Any]
+AnyRow = dict[str, Any]
 
 
 def mix_rows(
     refs: list[InputRef], seed: int, *, exclude: frozenset[str] = frozenset(), events: Events | None = None
-) -> tuple[list[Row], dict[str, Any]]:
+) -> tuple[list[AnyRow], dict[str, Any]]:
     """Rows of a mixture and a report.
 
     Args:
@@ -83,17 +83,18 @@ def _empty_part(ref: InputRef, found: int) -> str:
 def _check_shares(refs: list[InputRef]) -> None:
     if not refs:
         raise ConfigError("no data", where="in.data", fix="name a source or a stage")
-    shares = [ref.share for ref in refs]
+    shares = [ref.share for ref in refs if ref.share is not None]
     where = f"in.{refs[0].port}"
-    if any(s is not None for s in shares) and any(s is None for s in shares):
+    if 0 < len(shares) < len(refs):
         raise ConfigError("some parts have a `share` and some do not", where=where, fix="give all of them a share, or use `repeat`")
-    if shares[0] is not None and abs(sum(shares) - 1) > 1e-6:
+    if shares and abs(sum(shares) - 1) > 1e-6:
         raise ConfigError(f"the shares sum to {sum(shares):g}, expected 1", where=where)
 
 
-def _take_shares(refs: list[InputRef], parts: list[list[Row]], seed: int) -> list[list[tuple[int, Row]]]:
-    total = min(math.floor(len(rows) / ref.share + 1e-9) for ref, rows in zip(refs, parts, strict=True))
-    exact = [total * ref.share for ref in refs]
+def _take_shares(refs: list[InputRef], parts: list[list[AnyRow]], seed: int) -> list[list[tuple[int, AnyRow]]]:
+    shares = [ref.share or 0.0 for ref in refs]
+    total = min(math.floor(len(rows) / share + 1e-9) for share, rows in zip(shares, parts, strict=True))
+    exact = [total * share for share in shares]
     counts = [math.floor(value + 1e-9) for value in exact]
     order = sorted(range(len(refs)), key=lambda i: (counts[i] - exact[i], i))
     for i in order[: total - sum(counts)]:
@@ -101,19 +102,19 @@ def _take_shares(refs: list[InputRef], parts: list[list[Row]], seed: int) -> lis
     return [[(0, row) for row in _subset(rows, n, seed, i)] for i, (rows, n) in enumerate(zip(parts, counts, strict=True))]
 
 
-def _take_repeats(refs: list[InputRef], parts: list[list[Row]], seed: int) -> list[list[tuple[int, Row]]]:
+def _take_repeats(refs: list[InputRef], parts: list[list[AnyRow]], seed: int) -> list[list[tuple[int, AnyRow]]]:
     return [
         _repeated(rows, 1.0 if ref.repeat is None else ref.repeat, seed, i) for i, (ref, rows) in enumerate(zip(refs, parts, strict=True))
     ]
 
 
-def _repeated(rows: list[Row], times: float, seed: int, part: int) -> list[tuple[int, Row]]:
+def _repeated(rows: list[AnyRow], times: float, seed: int, part: int) -> list[tuple[int, AnyRow]]:
     whole = math.floor(times)
     rest = _subset(rows, round((times - whole) * len(rows)), seed, part)
     return [(copy, row) for copy in range(whole) for row in rows] + [(whole, row) for row in rest]
 
 
-def _subset(rows: list[Row], count: int, seed: int, part: int) -> list[Row]:
+def _subset(rows: list[AnyRow], count: int, seed: int, part: int) -> list[AnyRow]:
     if count >= len(rows):
         return rows
     order = sorted(range(len(rows)), key=lambda i: (unit_hash("take", seed, part, rows[i]["id"]), i))
@@ -121,7 +122,7 @@ def _subset(rows: list[Row], count: int, seed: int, part: int) -> list[Row]:
     return [row for i, row in enumerate(rows) if i in chosen]
 
 
-def _interleaved(taken: list[list[tuple[int, Row]]], seed: int) -> list[Row]:
+def _interleaved(taken: list[list[tuple[int, AnyRow]]], seed: int) -> list[AnyRow]:
     if len(taken) == 1:
         return [row for _, row in taken[0]]
     tagged = [
@@ -145,9 +146,9 @@ def _mix_report(refs: list[InputRef], facts: list[dict[str, Any]], taken: list[l
     }
 
 
-def repeat_rows(rows: list[Row], seed: int) -> list[Row]:
+def repeat_rows(rows: list[AnyRow], seed: int) -> list[AnyRow]:
     """Rows as often as their `repeat` column says (default 1; the fraction of each row is drawn by its hash)."""
-    out: list[Row] = []
+    out: list[AnyRow] = []
     for i, row in enumerate(rows):
         times = row.get("repeat", 1)
         whole = math.floor(times)
@@ -173,7 +174,7 @@ def _keys_of(ref: InputRef, splits: set[str]) -> Iterable[str]:
             yield key
 
 
-def training_rows(ctx: StageContext, port: str = "data") -> list[Row]:
+def training_rows(ctx: StageContext, port: str = "data") -> list[AnyRow]:
     """The mixture of a port without held-out rows; writes rows_in, excluded_heldout, skipped and `mix` to the summary.
 
     Raises:
@@ -187,7 +188,7 @@ def training_rows(ctx: StageContext, port: str = "data") -> list[Row]:
 
 
 def write_dataset(
-    rows: Iterable[Row], out: Path, row_type: str, *, suffix: str = ".jsonl.zst", rows_per_shard: int = 50_000
+    rows: Iterable[AnyRow], out: Path, row_type: str, *, suffix: str = ".jsonl.zst", rows_per_shard: int = 50_000
 ) -> dict[str, Any]:
     """Writes `out/rows-00000<suffix>`, ... and `out/dataset.json`; equal rows give equal bytes.
 

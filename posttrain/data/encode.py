@@ -94,7 +94,7 @@ def _eos(tokenizer: Any) -> int:
             where="model",
             fix="set eos_token in its tokenizer_config.json",
         )
-    return tokenizer.eos_token_id
+    return int(tokenizer.eos_token_id)
 
 
 def _plain_pair(tokenizer: Any, row: dict[str, Any], data: DataConfig) -> tuple[list[int], list[int]]:
@@ -110,7 +110,7 @@ def _plain_pair(tokenizer: Any, row: dict[str, Any], data: DataConfig) -> tuple[
 
 def _answer(row: dict[str, Any], data: DataConfig) -> str | None:
     if "messages" in row:
-        return row["messages"][-1]["content"]
+        return str(row["messages"][-1]["content"])
     answer = row.get("answer")
     if isinstance(answer, str | int | float) and not isinstance(answer, bool):
         return str(answer)
@@ -139,7 +139,7 @@ def _turns_to_learn(row: dict[str, Any], data: DataConfig, notes: list[str]) -> 
     if "messages" not in row:
         answer = _answer(row, data)
         return [*prompt_messages(row), *([] if answer is None else [{"role": "assistant", "content": answer}])]
-    turns = row["messages"]
+    turns: list[dict[str, Any]] = row["messages"]
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
     if last < len(turns) - 1:
         notes.append("turns after the last answer left out")

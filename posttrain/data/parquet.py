@@ -54,7 +54,8 @@ def _to_rows(batch: Any) -> list[dict[str, Any]]:
     import pyarrow
 
     try:
-        return batch.to_pylist()
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
     except (UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise DataError(f"a column cannot be read as rows: {error}") from None
 

@@ -216,7 +216,7 @@ def _tool_calls(turn: dict[str, Any], place: str) -> dict[str, Any]:
 
 def _tool_call(call: Any, place: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError("bad tool call", f"`{place}` needs `function: {{name, arguments}}`")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
@@ -250,9 +250,9 @@ def prompt_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     if "messages" in row:
         turns = row["messages"]
         last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
-        return turns[:last]
+        return list(turns[:last])
     prompt = row["prompt"]
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def row_key(row: dict[str, Any]) -> str:
@@ -285,7 +285,7 @@ def split_of(key: str, validation: float, test: float) -> str:
 def row_text(row: dict[str, Any]) -> str:
     """All text of a row, turn by turn and in order, for selectors and counts; the gold answer of verifiable rows included."""
     if "text" in row:
-        return row["text"]
+        return str(row["text"])
     if "messages" in row:
         return "\n".join(_turn_text(turn) for turn in row["messages"])
     ends = [row[name] for name in ("chosen", "answer") if name in row]

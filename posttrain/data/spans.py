@@ -10,7 +10,6 @@ the end-of-turn text is what follows the mark in U_i. Where that fails too, the 
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from posttrain.data.strict_json import RowError
@@ -25,7 +24,7 @@ def render(tokenizer: Any, turns: list[dict[str, Any]], tools: list[Any] | None,
         RowError: the template refuses these turns, or fails on them.
     """
     try:
-        return tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False, add_generation_prompt=generation)
+        return str(tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False, add_generation_prompt=generation))
     except Exception as error:
         roles = ", ".join(turn["role"] for turn in turns[:8])
         raise RowError(
@@ -51,8 +50,8 @@ def assistant_spans(tokenizer: Any, turns: list[dict[str, Any]], tools: list[Any
 def _span(tokenizer: Any, turns: list[dict[str, Any]], tools: list[Any] | None, i: int, text: str, after: int) -> tuple[int, int]:
     upto = text if i == len(turns) - 1 else _try_render(tokenizer, turns[: i + 1], tools)
     before = _try_render(tokenizer, turns[:i], tools, generation=True) if i else None
-    prefix_start = len(before) if before is not None and text.startswith(before) and len(before) >= after else None
-    if prefix_start is not None and upto is not None and text.startswith(upto) and upto.startswith(before):
+    prefix_start = len(before) if before and text.startswith(before) and len(before) >= after else None
+    if before and prefix_start is not None and upto is not None and text.startswith(upto) and upto.startswith(before):
         return prefix_start, _without_tail_space(upto, prefix_start, turns[i])
     return _marked(tokenizer, turns, tools, i, text, prefix_start)
 
@@ -86,40 +85,41 @@ def _marked(
             "use a template that renders each turn by itself",
         )
     end = len(text) - len(tail)
-    end_text = upto.partition(MARK)[2].rstrip()
-    while end_text and not text.startswith(end_text, end):
-        end_text = end_text[:-1].rstrip()
-    return (min(prefix_start, len(head)) if prefix_start is not None else len(head)), end + len(end_text)
+    start = min(prefix_start, len(head)) if prefix_start is not None else len(head)
+    return start, end + _shared_end(tokenizer, upto.partition(MARK)[2].rstrip(), text[end:])
+
+
+def _shared_end(tokenizer: Any, end_text: str, follows: str) -> int:
+    """Characters of the end-of-turn text that stand in F too, whole tokens only: an earlier turn may end otherwise."""
+    if follows.startswith(end_text):
+        return len(end_text)
+    found = [
+        tokenizer(part, add_special_tokens=False, return_offsets_mapping=True) for part in (end_text, follows[: 2 * len(end_text) + 32])
+    ]
+    last = 0
+    for ours, theirs, (_, stop) in zip(found[0]["input_ids"], found[1]["input_ids"], found[0]["offset_mapping"], strict=False):
+        if ours != theirs:
+            break
+        last = stop
+    return len(end_text[:last].rstrip())
 
 
 def _check_no_turn_dropped(tokenizer: Any, turns: list[dict[str, Any]], tools: list[Any] | None, text: str) -> None:
-    at = 0
+    """Every turn with words must reach the text: shown by a mark in its place, since words may recur or be reshaped."""
+    marks = [f"{MARK}{i:04d}" if turn["content"].strip() else "" for i, turn in enumerate(turns)]
+    marked = _try_render(tokenizer, [{**turn, "content": mark} for turn, mark in zip(turns, marks, strict=True)], tools) or ""
     for i, turn in enumerate(turns):
-        words = turn["content"].strip()
-        found = text.find(words, at)
-        if words and found < 0 and not _mark_shows(tokenizer, turns, tools, i):
-            raise RowError(
-                "template drops turn",
-                f"the chat template silently drops turn {i + 1} ({turn['role']})",
-                "use a template that renders every turn",
-            )
-        at = max(at, found + len(words)) if found >= 0 else at
+        shown = marks[i] in marked if marked else turn["content"].strip() in text
+        if not shown:
+            raise _dropped(f"turn {i + 1} ({turn['role']})", "every turn")
         for call in turn.get("tool_calls", []):
             name = call.get("function", call)["name"]
             if name not in text:
-                raise RowError(
-                    "template drops tool call",
-                    f"the chat template silently drops the tool call `{name}` of turn {i + 1}",
-                    "use a template that renders tool calls",
-                )
+                raise _dropped(f"the tool call `{name}` of turn {i + 1}", "tool calls")
 
 
-def _mark_shows(tokenizer: Any, turns: list[dict[str, Any]], tools: list[Any] | None, i: int) -> bool:
-    """Whether other words in place of turn i's content reach the text: a template may escape or reshape content."""
-    if json.dumps(turns[i]["content"])[1:-1] in render(tokenizer, turns, tools):
-        return True
-    marked = [*turns[:i], {**turns[i], "content": MARK}, *turns[i + 1 :]]
-    return MARK in (_try_render(tokenizer, marked, tools) or "")
+def _dropped(what: str, need: str) -> RowError:
+    return RowError("template drops turn", f"the chat template silently drops {what}", f"use a template that renders {need}")
 
 
 def lost_reasoning(turns: list[dict[str, Any]], text: str) -> bool:

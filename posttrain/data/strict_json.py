@@ -47,8 +47,8 @@ def _int(text: str) -> int:
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        double = next(key for key, _ in pairs if key in seen or seen.add(key))
+        names = [key for key, _ in pairs]
+        double = next(key for i, key in enumerate(names) if key in names[:i])
         raise RowError("duplicate key", f"the key {double!r} is written twice in one object", "keep one of them")
     return found
 

@@ -14,7 +14,7 @@ import hashlib
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -139,7 +139,7 @@ def _reason(text: str, cfg: MakeStdlibConfig, seen: set[bytes]) -> str | None:
     return None
 
 
-def texts_of(module: str, file: Path, parts: list[str], max_chars: int) -> Iterator[dict[str, Any]]:
+def texts_of(module: str, file: Path, parts: Sequence[str], max_chars: int) -> Iterator[dict[str, Any]]:
     """Rows {id, text, module, part} of one source file; classes longer than `max_chars` are opened up."""
     with tokenize.open(file) as handle:
         source = handle.read()
@@ -148,9 +148,10 @@ def texts_of(module: str, file: Path, parts: list[str], max_chars: int) -> Itera
         for name, node in _definitions(tree, lines, max_chars):
             yield _row(module, f"{name}:{node.lineno}", "code", _source(node, lines))
     if "docstrings" in parts:
-        for name, node in [("", tree), *_named(tree)]:
-            if doc := ast.get_docstring(node):
-                yield _row(module, f"{name}:{getattr(node, 'lineno', 0)}", "docstrings", doc.strip())
+        documented: list[tuple[str, ast.Module | Definition]] = [("", tree), *_named(tree)]
+        for name, owner in documented:
+            if doc := ast.get_docstring(owner):
+                yield _row(module, f"{name}:{getattr(owner, 'lineno', 0)}", "docstrings", doc.strip())
 
 
 def _row(module: str, place: str, part: str, text: str) -> dict[str, Any]:

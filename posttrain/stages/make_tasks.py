@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -95,9 +96,9 @@ def run(cfg: MakeArithmeticConfig, ctx: StageContext) -> None:
     ctx.events.log(f"{count} of {space} problems")
 
 
-def problem_count(ops: list[str], digits: int) -> int:
+def problem_count(ops: Sequence[str], digits: int) -> int:
     """Different problems there are."""
-    return len(ops) * 10 ** (2 * digits)
+    return len(ops) * int(10 ** (2 * digits))
 
 
 def problem(index: int, cfg: MakeArithmeticConfig) -> dict[str, str]:

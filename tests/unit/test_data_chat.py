@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from posttrain.core.events import Events
 from posttrain.data.chat import Encoded, encode_row, encode_rows, render_prompt, resolve_format, scan_prompts, set_template
 from posttrain.data.rows import Row, checked
 from posttrain.data.shards import read_shard
+from posttrain.data.spans import assistant_spans
+from posttrain.data.strict_json import RowError
 from posttrain.errors import ConfigError, DataError
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -122,6 +125,35 @@ def test_template_that_renders_the_last_turn_differently(make: Callable[..., Any
     assert learned(tokenizer, encoded) == "user<|im_end|><think>\nhm\n</think>\n\ndone<|im_end|>"
 
 
+def test_real_templates_give_answers_and_nothing_of_the_user(make: Callable[..., Any]) -> None:
+    spec = importlib.util.find_spec("trl")
+    folder = Path(spec.submodule_search_locations[0]) / "chat_templates" if spec and spec.submodule_search_locations else Path("none")
+    found, refused = {}, set()
+    tokenizer = make(None, bos="<s>")
+    row = talk("assistant", "user", "Which fruit?", "assistant pear")
+    for file in sorted(folder.glob("*.jinja")):
+        tokenizer.chat_template = file.read_text()
+        try:
+            text, spans = assistant_spans(tokenizer, row["messages"], None)
+        except RowError as error:
+            refused.add(error.reason)
+            continue
+        found[file.name] = [text[a:b] for a, b in spans]
+    assert len(found) > 20
+    assert refused <= {"template refused", "template drops turn"}
+    for name, (first, second) in found.items():
+        assert "user" in first, name
+        assert "assistant pear" in second, name
+        assert "Which fruit?" not in first + second, name
+
+
+def test_earlier_turns_that_end_otherwise_keep_whole_tokens_only(make: Callable[..., Any]) -> None:
+    ending = "{% if loop.last %}<|im_end|>{% else %}<|im_next|>{% endif %}"
+    tokenizer = make(CHATML.replace("<|im_end|>", "[E]\n" + ending))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_next|>"]})
+    assert learned(tokenizer, encode_row(tokenizer, talk("b", "a", "c", "s"), CHAT)) == "a[E]s[E]\n<|im_end|>"
+
+
 def test_generation_prompt_that_no_finished_turn_has(make: Callable[..., Any]) -> None:
     template = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
     tokenizer = make(template)
@@ -167,6 +199,10 @@ def test_a_template_that_drops_a_turn_or_a_call_is_refused(make: Callable[..., A
     row = {"messages": [{"role": "system", "content": "Be kind."}, *talk("a", "b")["messages"]]}
     with pytest.raises(DataError, match=r"silently drops turn 1 \(system\)"):
         encode_row(tokenizer, row, CHAT)
+    with pytest.raises(DataError, match=r"silently drops turn 1 \(user\)"):
+        encode_row(
+            make("{% for m in messages if m.role == 'assistant' %}user {{ m.content }}<|im_end|>{% endfor %}"), talk("user", "b"), CHAT
+        )
     _, call = next(read_shard(CASES / "C11-null-content-toolcall.jsonl"))
     with pytest.raises(DataError, match="drops the tool call `clock` of turn 2"):
         encode_row(make(), checked(call, "messages"), CHAT)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +198,7 @@ def test_workers_do_not_change_a_byte(tmp_path, target):
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_lost_parts_are_redone_to_the_same_bytes(tmp_path, target, seed):
     raw = shards(tmp_path / "raw", corpus(), 5)
     passes.run_selector("data_pipelines.dsir", config(), context(tmp_path, raw, target))
@@ -229,6 +233,32 @@ def test_a_stop_costs_one_shard(tmp_path, target, monkeypatch):
     passes.run_selector("data_pipelines.dsir", config(), context(tmp_path / "cut", raw, target))
     assert len([size for size in calls if size]) == 3
     assert tree(tmp_path / "cut" / "out") == tree(tmp_path / "whole" / "out")
+
+
+@pytest.mark.multiproc
+def test_kill_9_costs_one_shard(tmp_path, target):
+    raw = shards(tmp_path / "raw", corpus(400), 40)
+    dsir.select(raw, target, tmp_path / "whole", rows=50)
+    code = "import sys; from data_pipelines import dsir; dsir.select(sys.argv[1], sys.argv[2], sys.argv[3], rows=50)"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+    child = subprocess.Popen([sys.executable, "-c", code, raw, target, tmp_path / "cut"], env=env)
+    while child.poll() is None and len(list(tmp_path.glob("cut.work/*/scores/*.parquet"))) < 5:
+        time.sleep(0.002)
+    child.kill()
+    child.wait()
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cut.work/*/scores/*.parquet")}
+    assert 5 <= len(done) < 40 and not (tmp_path / "cut").exists()
+    kept = []
+    log = Events(None)
+    log.sinks.append(lambda event: kept.append(event.get("message", "")))
+    dsir.select(raw, target, tmp_path / "cut", rows=50, events=log)
+    assert f"scores: {len(done)} of 40 shards were done before" in kept
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole") and not (tmp_path / "cut.work").exists()
+
+
+def test_scores_of_earlier_selections_are_kept():
+    row = passes.with_score(passes.with_score({"id": "a", "score": "theirs"}, 1.0, "s", "score"), 2.0, "s", "score")
+    assert (row["score"], row["score_before_before"], row["score_before"]) == (2.0, 1.0, "theirs")
 
 
 def test_changed_input_or_config_is_never_mixed_with_old_parts(tmp_path, target):
