@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from posttrain.config.common import EvalSet
 from posttrain.config.fields import nearest
 from posttrain.config.paths import is_hub_id
+from posttrain.config.redact import redact
 from posttrain.errors import Problem
 
 if TYPE_CHECKING:
@@ -34,6 +35,28 @@ def check_names(pipeline: Pipeline) -> list[Problem]:
         if name == "model":
             problems.append(Problem(f"{where}.model", "`model` is the name of the pipeline's own model", "choose another name"))
     return problems + _check_model(pipeline)
+
+
+def check_secrets(tree: Any, path: str = "") -> list[Problem]:
+    """Keys, passwords and logins in a config: refused, so that no file of a run can hold one.
+
+    The value itself is never repeated in the message.
+    """
+    if isinstance(tree, dict):
+        return [p for k, v in tree.items() for p in _check_pair(str(k), v, f"{path}.{k}" if path else str(k))]
+    if isinstance(tree, list):
+        return [p for i, v in enumerate(tree) for p in check_secrets(v, f"{path}.{i}")]
+    return [_secret(path)] if isinstance(tree, str) and redact(tree) != tree else []
+
+
+def _check_pair(key: str, value: Any, path: str) -> list[Problem]:
+    hidden = isinstance(value, str) and redact({key: value}) != {key: value}
+    return [_secret(path)] if hidden else check_secrets(value, path)
+
+
+def _secret(path: str) -> Problem:
+    fix = "take it out of the file and export it instead, e.g. HF_TOKEN or WANDB_API_KEY; posttrain hands the environment on and never writes it"
+    return Problem(path, "holds what looks like a key, a password or a login", fix)
 
 
 def _check_model(pipeline: Pipeline) -> list[Problem]:

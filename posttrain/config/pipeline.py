@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from posttrain.config.base import Name, ReportOnly, Strict, _expand_model_id, _expand_path
 from posttrain.config.common import EvalConfig, LimitsConfig, ModelConfig, SourceConfig, StageConfig, TrackingConfig, TrainConfig
+from posttrain.config.checks import check_secrets
 from posttrain.config.fields import field_at, fields_of, nearest
 from posttrain.config.load import Mark, Path_, dotted, load_yaml, mark_of
 from posttrain.config.messages import describe, translate
@@ -137,6 +138,9 @@ def parse_pipeline(tree: dict[str, Any], base: Path | None, marks: dict[Path_, M
     Raises:
         ConfigError: holds every problem found.
     """
+    secrets = check_secrets(tree)
+    if secrets:
+        raise ConfigError(problems=[_with_line(p, tree, marks) for p in secrets], where=where)
     context = {"base": base}
     head = {k: v for k, v in tree.items() if k != "stages"}
     stages, problems = _parse_stages(tree, marks, context)
@@ -156,7 +160,7 @@ def parse_pipeline(tree: dict[str, Any], base: Path | None, marks: dict[Path_, M
 def _with_line(problem: Problem, tree: dict[str, Any], marks: dict[Path_, Mark] | None) -> Problem:
     parts: list[str | int] = [int(p) if p.isdigit() else p for p in problem.path.split(".")]
     if parts[0] == "stages" and len(parts) > 1 and isinstance(parts[1], str):
-        names = [s.get("name") for s in tree["stages"]]
+        names = [s.get("name") if isinstance(s, dict) else None for s in tree["stages"]] if isinstance(tree["stages"], list) else []
         parts[1] = names.index(parts[1]) if parts[1] in names else parts[1]
     mark = mark_of(marks, tuple(parts))
     return Problem(problem.path, f"{problem.message} (line {mark.line})", problem.fix) if mark else problem

@@ -179,6 +179,12 @@ def _gpus() -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+def gpu_memory_bytes() -> int | None:
+    """Memory of the smallest GPU, or None without one; as nvidia-smi says, so that torch is not needed."""
+    sizes = [line.split(",")[1].split()[0] for line in _gpus() if line.count(",") >= 2]
+    return min((int(s) * 2**20 for s in sizes if s.isdigit()), default=None)
+
+
 def memory_bytes() -> int | None:
     """Memory that this process may use: the machine's available memory, or what is left of its control group's limit."""
     found = []

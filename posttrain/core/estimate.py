@@ -64,7 +64,7 @@ def describe(found: dict[str, float]) -> str:
     if "tokens" in found:
         parts.append(f"at most {quantity(found['tokens'])} tokens")
     if "seconds" in found:
-        parts.append(f"about {clock(found['seconds'])} (as last time)")
+        parts.append(f"about {clock(found['seconds'])}")
     if "disk_bytes" in found:
         parts.append(f"{found['disk_bytes'] / 2**20:.1f} MiB on disk")
     return ", ".join(parts) or "unknown until its inputs are made"

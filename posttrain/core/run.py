@@ -122,6 +122,7 @@ def execute(pipeline: Pipeline, source: str, options: RunOptions) -> tuple[RunDi
         selection, made = options.selection, set[str]()
         while True:
             plan = make_plan(pipeline, run, replace(selection, force=tuple(n for n in _forced(selection, pipeline) if n not in made)))
+            write_json(run.path / "plan.json", [s.folder.name for s in plan])
             ready = _ready(plan)
             if not ready:
                 return run, plan

@@ -128,15 +128,11 @@ def prune(args: argparse.Namespace) -> int:
 
 
 def _unused(run: RunDir) -> list[Path]:
-    """Stage folders that the run's present pipeline does not lead to."""
-    from posttrain.config.pipeline import parse_pipeline
-    from posttrain.core.plan import make_plan
-
-    resolved = read_json(run.path / "pipeline.resolved.json")
-    if resolved is None:
-        raise ArtifactError("no pipeline.resolved.json, so nothing tells what is still needed", where=str(run.path), fix="run the pipeline again first")
-    used = {stage.folder for stage in make_plan(parse_pipeline(resolved, run.path), run)}
-    return [f for f in _stage_folders(run) if f not in used]
+    """Stage folders that the newest run of this pipeline did not lead to."""
+    used = read_json(run.path / "plan.json")
+    if used is None:
+        raise ArtifactError("no plan.json, so nothing tells what is still needed", where=str(run.path), fix="run the pipeline again first")
+    return [f for f in _stage_folders(run) if f.name not in used]
 
 
 def report(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
     collected = []
     for seed in _seeds(args.seeds):
         base = load_pipeline(Path(args.file), args.overrides)
-        pipeline = load_pipeline(Path(args.file), [*args.overrides, f"seed={seed}", f"name={base.name}-seed{seed}"])
+        pipeline = load_pipeline(Path(args.file), [*args.overrides, f"seed={seed}", f"name={json.dumps(f'{base.name}-seed{seed}')}"])
         folder, plan = execute(pipeline, Path(args.file).read_text(encoding="utf-8"), options(args, selection(args)))
         finish(folder, plan)
         collected.append((seed, manifests(plan)))
