@@ -243,3 +243,14 @@ def test_progress_counts_shards(tmp_path: Path) -> None:
     events.sinks.append(seen.append)
     load_rows(source(tmp_path, "a", 10), events=events)
     assert [e["done"] for e in seen if e["kind"] == "progress"] == [0, 1]
+
+
+def test_c88_texts_without_words_are_rows_like_any_other(tmp_path: Path) -> None:
+    texts = ["", " ", "\n\n", "!!!", "\U0001f642", "a", "x" * 100_000]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    ref = InputRef("raw", "odd", "source", "dataset", spec={"kind": "text", "path": str(path)})
+    rows = load_rows(ref)
+    assert [row["text"] for row in rows] == texts
+    assert len({row["id"] for row in rows}) == len(texts)
+    assert len({row_key(row) for row in rows}) == len(texts) - 2
