@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain.errors import ArtifactError, NumericsError
 from posttrain.models.check import ADAPTER_WEIGHTS, check_folder, read_header
+from posttrain.models.quiet import quiet
 from posttrain.models.source import read_json
 
 
@@ -30,7 +31,8 @@ def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     check_folder(folder)
     _fit_vocabulary(model, folder)
     try:
-        attached = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        with quiet():
+            attached = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"the adapter does not fit its base: {str(error)[:400]}", where=str(folder), fix="give the base it was trained on"

@@ -94,7 +94,7 @@ def _save_weights(model: Any, out: Path, max_shard_gb: float, state: dict[str, A
     model.generation_config = GenerationConfig()
     try:
         with quiet():
-            model.save_pretrained(str(out), state_dict=state, max_shard_size=f"{max(int(max_shard_gb * 1000), 1)}MB")
+            model.save_pretrained(str(out), state_dict=state, max_shard_size=f"{max(int(max_shard_gb * 1e6), 1)}KB")
     finally:
         model.generation_config = kept
     clean_json(out / "config.json")
@@ -106,7 +106,8 @@ def _save_adapter(model: Any, out: Path, base: Any) -> dict[str, Any]:
         raise ValueError("saving an adapter needs `base`: what it was trained on")
     source = resolve_base(base)
     digest = model_digest(source)
-    model.save_pretrained(str(out))
+    with quiet():
+        model.save_pretrained(str(out))
     (out / "README.md").unlink(missing_ok=True)
     inner = model.get_base_model()
     inner.config.save_pretrained(str(out))
