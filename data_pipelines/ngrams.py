@@ -104,7 +104,8 @@ class Words(NamedTuple):
 def pieces(texts: Iterable[str], n: int) -> Iterator[Piece]:
     """Lower-cased texts; one longer than WINDOW comes as windows that overlap by n - 1 words.
 
-    Words joined by single spaces are cut into the same words again, so a window is simply such a join.
+    Words joined by single spaces are cut into the same words again, so a window is simply such a join. A single word
+    longer than WINDOW is held whole, at about 40 bytes a character.
     """
     for index, text in enumerate(texts):
         text = text.lower()

@@ -28,7 +28,7 @@ from data_pipelines.engine import Job, each_shard, open_pool
 from data_pipelines.parts import load_arrays, new_part, save_arrays
 from data_pipelines.pick import Cut, Keys, cut_from_json, cut_to_json, find_cut, picked, rank_of
 from data_pipelines.scores import score_columns, score_shard, tallies
-from data_pipelines.shards import Shard, list_shards, shard_rows
+from data_pipelines.shards import Shard, list_shards, rows_at, shard_rows
 from posttrain.core.context import StageContext
 from posttrain.core.durable import write_json
 from posttrain.core.hashing import digest_of
@@ -135,6 +135,9 @@ def _reconcile(job: Job, shards: list[Shard], ctx: StageContext) -> int:
     rows, bad = counts.total(), sum(n for name, n in left.items() if name.startswith("bad: "))
     reasons = {name: n for name, n in sorted(counts.items()) if name}
     ctx.summary.update(rows_in=rows, excluded_heldout=left["held out"], skipped=bad, eligible=counts[""], not_eligible=reasons)
+    if bad:
+        why = {name.removeprefix("bad: "): n for name, n in sorted(left.items()) if name.startswith("bad: ")}
+        ctx.events.warn(f"left out {bad} of {rows + bad} raw rows: {_spelled(why)}")
     if not counts[""]:
         raise DataError(f"none of {rows} rows is eligible: {_spelled(reasons)}", where=f"stages.{ctx.name}", fix="lower the length limits")
     return rows
@@ -192,18 +195,20 @@ def _picked_rows(job: Job, shard: Shard, score: dict[int, float], file: Any) -> 
     """Writes the wanted rows as they pass by on their way into the statistics."""
     from posttrain.data.shards import json_line
 
-    for number, row in shard_rows(shard, job.heldout) if score else ():
-        if number in score:
-            file.write(json_line(with_score(row, score[number], shard.ref.name, job.config.score_as)))
-            yield row
+    for number, row in rows_at(shard, score) if score else ():
+        file.write(json_line(with_score(row, score[number], shard.ref.name, job.config.score_as)))
+        yield row
 
 
 def with_score(row: Row, score: float, source: str, name: str) -> Row:
     """The row with all its columns plus `source`, `weight` (1 where it has none) and its score.
 
-    A column that already has the score's name is kept as `NAME_before`.
+    A column that already has the score's name is kept as `NAME_before` (or `NAME_before_before`, ...).
     """
-    kept = {f"{name}_before": row[name]} if name in row else {}
+    before = name
+    while before in row:
+        before += "_before"
+    kept = {before: row[name]} if name in row else {}
     return {**row, **kept, "source": row.get("source") or source, "weight": row.get("weight", 1.0), name: score}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,19 @@ def shard_rows(
             tally["held out"] += 1
         else:
             yield number, row
+
+
+def rows_at(shard: Shard, numbers: Container[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows with these numbers, which `shard_rows` gave before; the others are not checked again."""
+    if not shard.path:
+        yield from ((number, row) for number, row in _hub_rows(shard) if number in numbers)
+        return
+    from posttrain.data.rows import normalise
+    from posttrain.data.shards import read_shard
+
+    for number, row in read_shard(shard.path, on_bad=shard.on_bad):
+        if number in numbers:
+            yield number, normalise(row, shard.kind, f"{shard.path}:{number}", shard.columns)
 
 
 def _part_rows(shard: Shard, tally: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
