@@ -112,6 +112,8 @@ class DataConfig(Strict):
     """Longest sequence in tokens; longer ones are cut at the end (text) or dropped and counted (prompt alone too long)."""
     packing: bool = False
     """Fill sequences of `max_length` with several rows (SFT)."""
+    group_by_length: bool = False
+    """Put rows of similar length into one batch, which saves padding; batches still come in random order (SFT)."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Tokens that carry loss in rows with a prompt; text rows always carry loss everywhere."""
     weights: Literal["ignore", "repeat", "loss"] = "ignore"

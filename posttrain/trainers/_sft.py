@@ -29,6 +29,7 @@ from posttrain.trainers._train import (
     epoch_order,
     evaluate_around,
     global_rows,
+    grouped_order,
     load_for_training,
     make_schedule,
     peft_config,
@@ -159,6 +160,8 @@ def build(
     rows = global_rows(cfg.batch, cfg.data.max_length)
     plan = make_schedule(cfg, len(dataset) / rows, ctx.world.size, f"stages.{ctx.name}")
     order = epoch_order(len(dataset), plan.steps * plan.rows, ctx.seed)
+    if cfg.data.group_by_length:
+        order = grouped_order(order, [len(ids) for ids in dataset["input_ids"]], plan.rows, ctx.seed)
     ctx.summary.update(token_facts(dataset, order))
     args = trl_arguments(
         trl.SFTConfig, cfg, ctx, plan, loaded.model,

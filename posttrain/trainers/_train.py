@@ -15,7 +15,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from posttrain.rollout.base import request_seed
 from posttrain.trainers._checkpoint import clear, mark_complete, read_checkpoint
 from posttrain.trainers._trl import check_trl_fields
 
+GROUP_WINDOW = 50
 OWNED = {
     "output_dir": "the run folder", "seed": "seed", "data_seed": "seed", "max_steps": "steps", "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch.per_device", "gradient_accumulation_steps": "batch.rows", "train_batch_size": "batch.rows",
@@ -114,6 +115,22 @@ def epoch_order(items: int, count: int, seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(request_seed(seed, "order", epoch))
         order += torch.randperm(items, generator=generator).tolist()
     return order[:count]
+
+
+def grouped_order(order: Sequence[int], lengths: Sequence[int], rows: int, seed: int) -> list[int]:
+    """`order` with rows of similar length in one batch of `rows`.
+
+    Windows of `GROUP_WINDOW` batches are sorted by length and cut into batches, which are then shuffled by the seed; so
+    every batch comes from the same part of the same epoch as before, and the same rows are seen.
+    """
+    grouped: list[int] = []
+    window = GROUP_WINDOW * rows
+    for number, start in enumerate(range(0, len(order), window)):
+        part = sorted(order[start : start + window], key=lambda i: (lengths[i], i))
+        batches = [part[i : i + rows] for i in range(0, len(part), rows)]
+        generator = torch.Generator().manual_seed(request_seed(seed, "group", number))
+        grouped += [i for b in torch.randperm(len(batches), generator=generator).tolist() for i in batches[b]]
+    return grouped
 
 
 def load_for_training(cfg: TrainConfig, ctx: StageContext) -> LoadedModel:
