@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.rewards._boxed import boxed_answers
+from posttrain.rewards._boxed import unboxed
 from posttrain.rewards._math_process import SHARED, require_math_verify
 from posttrain.rewards._math_text import MAX_CHARS, decide
 from posttrain.rewards.registry import completion_text, count_failure, reward
@@ -24,9 +24,9 @@ BARE_CHARS = 64
 
 def extract_answer(text: str) -> str | None:
     r"""Last boxed answer, else the whole text if it is one line of at most 64 characters, else None."""
-    boxes = boxed_answers(text)
-    if boxes:
-        return boxes[-1]
+    boxed = unboxed(text)
+    if boxed is not None:
+        return boxed
     bare = text.strip()
     return bare if bare and "\n" not in bare and len(bare) <= BARE_CHARS else None
 
@@ -65,7 +65,8 @@ def math_exact(
     deadline = time.monotonic() + batch_timeout_s
     for completion, gold in zip(completions, answer, strict=True):
         text = "" if gold is None else str(gold).strip()
-        text = (boxed_answers(text) or [text])[-1]
+        inner = unboxed(text)
+        text = text if inner is None else inner
         if not text:
             value, reason = None, "bad_gold"
         else:

@@ -81,5 +81,5 @@ def run(cfg: Config, ctx: Any) -> None:
     )
     results = evaluate(loaded.model, loaded.tokenizer, sets, seed=ctx.seed, events=ctx.events, batch=cfg.batch)
     write_json(ctx.out / "eval.json", {"sets": results, "seed": ctx.seed, "specs": {item.name: item.spec.dump() for item in sets}})
-    ctx.summary["eval"] = {"after": results}
+    ctx.summary.update(eval={"after": results}, rows_in=sum(len(item.rows) for item in sets))
     ctx.events.emit("eval", when="after", values=results)

@@ -140,7 +140,12 @@ def _write_blocks(engine: Any, prompts: Sequence[Any], cfg: Config, ctx: Any) ->
 
     folder = ctx.work / "blocks"
     folder.mkdir(exist_ok=True)
-    files, done = [], 0
+    files, done, total = [], 0, len(prompts) * cfg.samples
+
+    def report(drawn: int, _: int, tokens: int) -> None:
+        ctx.events.progress("generate", done + drawn, total, "completions", tokens=tokens)
+
+    engine.progress = report
     for number, block in enumerate(_blocks(prompts, cfg)):
         file = folder / f"{number:06d}.jsonl"
         files.append(file)
@@ -149,7 +154,7 @@ def _write_blocks(engine: Any, prompts: Sequence[Any], cfg: Config, ctx: Any) ->
             partial.write_bytes(b"".join(json_line(record) for record in _complete(engine, block, cfg, ctx)))
             partial.replace(file)
         done += len(block) * cfg.samples
-        ctx.events.progress("generate", done, len(prompts) * cfg.samples, "completions", tokens_per_s=round(engine.tokens_per_s, 1))
+        ctx.events.progress("generate", done, total, "completions", tokens=engine.tokens)
     return files
 
 
@@ -201,13 +206,8 @@ def run(cfg: Config, ctx: Any) -> None:
         ref, dtype=ref.spec.get("dtype", "auto"), attn=ref.spec.get("attn", "auto"), trust_remote_code=ctx.trust_remote_code
     )
     prompts = _prompts(loaded.model, loaded.tokenizer, cfg, ctx)
-    total = len(prompts) * cfg.samples
-
-    def report(done: int, _: int, tokens: int) -> None:
-        ctx.events.progress("generate batch", done, None, "completions", tokens=tokens, total_completions=total)
-
     failures(reset=True)
-    engine = HFEngine(loaded.model, loaded.tokenizer, max_batch=cfg.batch, progress=report)
+    engine = HFEngine(loaded.model, loaded.tokenizer, max_batch=cfg.batch)
     files = _write_blocks(engine, prompts, cfg, ctx)
     target = ctx.out / "rollouts.jsonl"
     with open(target, "wb") as out:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.rewards import failures, get_reward
-from posttrain.rewards._boxed import boxed_answers
+from posttrain.rewards._boxed import boxed_answers, unboxed
 from posttrain.rewards._math_process import SHARED, MathProcess
 from posttrain.rewards._math_text import decide, normalise, number
 from posttrain.rewards.math_exact import math_exact
@@ -87,6 +88,33 @@ def test_numbers_are_exact_and_bounded():
 
 def test_boxes_balance():
     assert boxed_answers(r"\boxed{a{b}c} x \boxed{\{1\}} \boxed 7. \boxed{open") == ["a{b}c", r"\{1\}", "7"]
+
+
+def test_boxes_within_boxes():
+    assert boxed_answers(r"\boxed{\boxed{7}} \boxed{8 \boxed{9}") == [r"\boxed{7}", "9"]
+    assert unboxed(r"so \boxed{x = \boxed{7}}") == "7"
+    assert unboxed("7") is None
+    assert math_exact([r"\boxed{\boxed{7}}"], [r"\boxed{7}"]) == [1.0]
+
+
+def test_hostile_text_is_decided_quickly():
+    start = time.monotonic()
+    pieces = ("\\boxed{", "{", "(", "\\frac", "\\text{", "\\frac{1}{", ",", "1,", "^{", "\\sqrt ", "} ", "_", "=", " ", "1" * 50, "\\")
+    for piece in pieces:
+        text = (piece * 20_000)[:20_000]
+        assert math_exact([text, f"\\boxed{{{text[:1900]}"], ["7", "7"]) == [0.0, 0.0]
+        assert decide("7", text[:1900]) is not True
+    assert time.monotonic() - start < 5
+
+
+def test_any_text_equals_itself():
+    rng = random.Random(0)
+    alphabet = "0123456789.,+-/%^_{}()[]=<> xyABπ\\$"
+    for _ in range(3000):
+        text = "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 12)))
+        other = "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 12)))
+        assert decide(text, text) is True or not normalise(text) or len(normalise(text)) == 1
+        assert decide(text, other) in (True, False, None)
 
 
 def test_algebra_goes_to_the_child():

@@ -66,6 +66,20 @@ def test_a_request_does_not_depend_on_its_batch(model, tiny_tokenizer):
     assert len({tuple(item) for item in ids}) == len(ids)
 
 
+def test_tokens_of_many_requests_follow_the_model(model, tiny_tokenizer):
+    ids, count = tiny_tokenizer.encode("The quick"), 6000
+    wanted = [Request(ids, request_seed(11, "row", i), Sampling(1, 0.8)) for i in range(count)]
+    found = HFEngine(model, tiny_tokenizer, max_batch=count).generate(wanted)
+    with torch.no_grad():
+        p = torch.softmax(model(torch.tensor([ids])).logits[0, -1].double() / 0.8, -1).numpy()
+    seen = np.bincount([item.token_ids[0] for item in found], minlength=len(p)) / count
+    often = p * count >= 20
+    p, seen = (np.append(x[often], x[~often].sum()) for x in (p, seen))
+    chi2, freedom = count * ((seen - p) ** 2 / p).sum(), len(p) - 1
+    assert freedom > 10
+    assert abs(chi2 - freedom) < 4 * np.sqrt(2 * freedom)
+
+
 def test_a_longer_limit_only_adds_tokens(model, tiny_tokenizer):
     short = HFEngine(model, tiny_tokenizer).generate(requests(tiny_tokenizer, Sampling(max_tokens=4)))
     long = HFEngine(model, tiny_tokenizer).generate(requests(tiny_tokenizer, Sampling(max_tokens=9)))
