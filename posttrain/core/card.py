@@ -101,9 +101,12 @@ def _head(manifest: Manifest, chain: list[Manifest]) -> str:
 
 
 def _lineage(chain: list[Manifest]) -> str:
-    plain = lambda m: [m.get("name"), m.get("method"), m.get("kind"), _moved(m), number(m.get("seconds"), 1)]  # noqa: E731
-    rows = [[*plain(m), str(m.get("key"))[:16], str(m.get("digest"))[:16]] for m in chain]
+    rows = [[*(m.get(k) for k in ("name", "method", "kind")), _moved(m), number(m.get("seconds"), 1), *_digests(m)] for m in chain]
     return _titled("Lineage", _table(["stage", "method", "makes", "rows", "seconds", "key", "digest"], rows))
+
+
+def _digests(manifest: Manifest) -> list[str]:
+    return [str(manifest.get(k))[:16] for k in ("key", "digest")]
 
 
 def _moved(manifest: Manifest) -> str:
@@ -148,7 +151,7 @@ def _interval(item: dict[str, Any] | None) -> str:
 
 def _weights(manifest: Manifest) -> str:
     s, meta = manifest.get("summary", {}), manifest.get("meta", {})
-    rows = [["on disk", size(sum(f.get("size", 0) for f in manifest.get("files", [])))]]
+    rows: list[list[Any]] = [["on disk", size(sum(f.get("size", 0) for f in manifest.get("files", [])))]]
     rows += [[k.replace("_", " "), number(s[k])] for k in ("perplexity_before", "perplexity_after", "tokens") if k in s]
     rows += [[k.replace("_", " "), v if isinstance(v, str | int | float) else dumps(v)] for k, v in sorted(meta.items())]
     return _titled("Form", _table(["", ""], redact(rows)))

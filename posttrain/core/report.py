@@ -104,8 +104,9 @@ def _interval(value: Any) -> svg.Interval | None:
     if not isinstance(value, dict) or not isinstance(value.get("value"), int | float):
         return None
     low, high = value.get("low"), value.get("high")
-    both = isinstance(low, int | float) and isinstance(high, int | float)
-    return float(value["value"]), float(low) if both else None, float(high) if both else None
+    if isinstance(low, int | float) and isinstance(high, int | float):
+        return float(value["value"]), float(low), float(high)
+    return float(value["value"]), None, None
 
 
 def _evaluation(records: list[StageRecord]) -> str:
@@ -122,9 +123,13 @@ def _evaluation(records: list[StageRecord]) -> str:
     return f"<p class=soft>Grey before the stage, coloured after it; lines are confidence intervals.</p>{text}" if text else ""
 
 
+def _place(metric: str) -> int:
+    return FIRST.index(metric) if metric in FIRST else len(FIRST) + (not metric.startswith(("eval/", "rewards/")))
+
+
 def _curves(record: StageRecord) -> str:
     curves = read_curves(record.folder)
-    order = sorted(curves, key=lambda n: (FIRST.index(n) if n in FIRST else len(FIRST), n))
+    order = sorted(curves, key=lambda n: (_place(n), n))
     drawn = [svg.curve(name, curves[name]) for name in order]
     if not drawn:
         return ""
@@ -146,14 +151,18 @@ def _selection(record: StageRecord) -> str:
     return f"<section class=wide>{drawn}</section>" if drawn else ""
 
 
+def _error(layer: dict[str, Any]) -> float:
+    value = layer.get("error")
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
 def _layers(record: StageRecord) -> str:
     layers = [layer for layer in record.summary.get("layers") or [] if isinstance(layer, dict)]
     if not layers:
         return ""
-    error = lambda layer: float(layer["error"]) if isinstance(layer.get("error"), int | float) else math.nan  # noqa: E731
-    items = [(str(x.get("name")), error(x), f"{x.get('bits')} bit, group {x.get('group_size')}") for x in layers]
-    worst = sorted(layers, key=lambda x: -error(x) if math.isfinite(error(x)) else -math.inf)[:WORST_LAYERS]
-    rows = [[x.get("name"), short_error(error(x)), x.get("bits"), x.get("group_size")] for x in worst]
+    items = [(str(x.get("name")), _error(x), f"{x.get('bits')} bit, group {x.get('group_size')}") for x in layers]
+    worst = sorted(layers, key=lambda x: -_error(x) if math.isfinite(_error(x)) else -math.inf)[:WORST_LAYERS]
+    rows = [[x.get("name"), short_error(_error(x)), x.get("bits"), x.get("group_size")] for x in worst]
     largest = folded(f"largest {len(rows)} of {len(layers)}", table(["layer", "error", "bits", "group size"], rows))
     return f"<section class=wide>{svg.bars(f'{record.name}: {len(layers)} layers in order', items)}{largest}</section>"
 
@@ -167,8 +176,9 @@ def _samples(record: StageRecord) -> str:
     found = record.summary.get("samples")
     groups = found if isinstance(found, dict) else {"": found}
     parts = []
-    for title, rows in groups.items():
-        shown = [row if isinstance(row, dict) else {"completion": row} for row in rows[:SAMPLES_SHOWN]] if isinstance(rows, list) else []
+    for title, given in groups.items():
+        rows = given if isinstance(given, list) else []
+        shown = [row if isinstance(row, dict) else {"completion": row} for row in rows[:SAMPLES_SHOWN]]
         columns = list(dict.fromkeys(key for row in shown for key in row))
         cells = [[_sample_cell(row.get(c)) for c in columns] for row in shown]
         if cells:

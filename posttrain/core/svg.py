@@ -44,6 +44,11 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    """Maps [low, high] to [start, end]."""
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
 def _binned(points: list[Point]) -> list[tuple[float, float, float, float]]:
     """(x, mean, least, greatest) of consecutive bins."""
     size = max(1, math.ceil(len(points) / BINS))
@@ -72,8 +77,7 @@ def curve(title: str, points: list[Point], *, unit: str = "step", width: float =
     left, right, top, bottom = 56.0, width - 10, 26.0, height - 22
     x0, x1 = _range([x for x, _ in points])
     y0, y1 = _range([y for _, y in finite]) if finite else (0.0, 1.0)
-    px = lambda x: left + (x - x0) / (x1 - x0) * (right - left)  # noqa: E731
-    py = lambda y: bottom - (y - y0) / (y1 - y0) * (bottom - top)  # noqa: E731
+    px, py = _scale(x0, x1, left, right), _scale(y0, y1, bottom, top)
     last = f"{short(points[-1][1])} at {unit} {points[-1][0]:g}"
     parts = [_text(left, 15, title), _text(right, 15, last, anchor="end", kind="soft"),
              f'<path class=axis d="M{left:.1f} {top:.1f}V{bottom:.1f}H{right:.1f}"/>']  # fmt: skip
@@ -105,7 +109,7 @@ def intervals(title: str, rows: list[tuple[str, Interval | None, Interval | None
         return ""
     low, high = _range(values)
     left, right, height = 220.0, width - 150, 30.0 + 34 * len(rows)
-    px = lambda v: left + (v - low) / (high - low) * (right - left)  # noqa: E731
+    px = _scale(low, high, left, right)
     parts = [_text(0, 15, title), _text(left, 15, short(low), kind="soft"), _text(right, 15, short(high), anchor="end", kind="soft")]
     for i, (label, before, after) in enumerate(rows):
         y = 36.0 + 34 * i

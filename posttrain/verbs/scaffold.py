@@ -149,6 +149,8 @@ def write_new(what: str, name: str, to: Path) -> list[str]:
     lines = [f"wrote {path}" for path in written]
     if place.package:
         lines.append(f"next  pip install -e {place.root}")
+    elif what != "reward":
+        lines.append(f"next  posttrain schema > {to / 'configs' / 'posttrain.schema.json'}")
     lines.append(f"test  python -m pytest {place.root / place.test}")
     return [*lines, f"run   posttrain run {place.flags}{place.root / place.yaml}"]
 
