@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from posttrain.core.context import StageContext
+from posttrain.errors import QuantError
 from posttrain.models.load import LoadedModel
 from posttrain.models.reload import check_reload, probe_logits
 from posttrain.quant.base import QTensor, dequantize
+from posttrain.quant.engine_check import check_engine, unavailable
 from posttrain.quant.export import write_quantized
 from posttrain.quant.scheme import Scheme
 from posttrain.quant.verify import check_bytes
@@ -50,8 +52,28 @@ def finish(
         again, found = check_reload(ctx.out, expected, dtype="float32", trust_remote_code=ctx.trust_remote_code)
         facts |= found
         model = again.model
+        facts |= _engine(ctx, model, facts["bits"], export.engine_check)
     around(ctx, "after", model, tokenizer)
     _report(ctx, loaded, facts, rows, scheme)
+
+
+def _engine(ctx: StageContext, model: Any, bits: int, wanted: str) -> dict[str, Any]:
+    """The check by vLLM, where it is wanted and can be had."""
+    if wanted == "off":
+        return {}
+    reason = unavailable(bits)
+    if reason and wanted == "require":
+        raise QuantError(
+            f"the check by vLLM cannot be run: {reason}", where=f"stages.{ctx.name}.export.engine_check", fix="set it to `try` or `off`"
+        )
+    if reason:
+        ctx.events.warn(f"not checked in vLLM: {reason}")
+        return {"engine_check": {"engine": "vllm", "skipped": reason}}
+    found = check_engine(ctx.out, model)
+    ctx.events.log(
+        f"vLLM agrees on {found['agree']:.0%} of {found['tokens']} tokens, log-probabilities within {found['max_logprob_diff']:.3g}"
+    )
+    return {"engine_check": found}
 
 
 def _report(ctx: StageContext, loaded: LoadedModel, facts: dict[str, Any], rows: list[dict[str, Any]], scheme: Scheme) -> None:

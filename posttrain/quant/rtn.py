@@ -30,6 +30,15 @@ class QuantExport(Strict):
     """Size of a weight file in GB."""
     reload_check: Annotated[bool, REPORT_ONLY] = True
     """Read the export back and compare weights and logits before it is committed."""
+    engine_check: Annotated[Literal["off", "try", "require"], REPORT_ONLY] = "off"
+    """Run the export in vLLM too, in a process of its own, and compare log-probabilities; `try` goes on with a warning where vLLM
+    cannot run it on this machine."""
+
+    @model_validator(mode="after")
+    def _check_needs_reload(self) -> QuantExport:
+        if self.engine_check != "off" and not self.reload_check:
+            raise ValueError("engine_check compares with the reloaded export; it needs `reload_check: true`")
+        return self
 
 
 class RtnConfig(StageConfig):
