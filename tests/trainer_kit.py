@@ -115,22 +115,26 @@ def interrupt() -> None:
     raise Interrupted
 
 
-def make_context(root: Path, method: str, rows: list[dict[str, Any]], kind: str, model: Path, *, seed: int = 7, sinks: Any = ()) -> Any:
-    """The context of a stage whose work folder survives in `root`; events are collected in `ctx.seen`."""
+def make_folders(root: Path, rows: list[dict[str, Any]]) -> None:
+    """A stage's folders and its rows; the work folder survives."""
     import shutil
-
-    from posttrain.core.artifact import InputRef
-    from posttrain.core.context import StageContext
-    from posttrain.core.events import Events
 
     (root / "work").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(root / "out", ignore_errors=True)
     (root / "out").mkdir()
-    data = root / "rows.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+
+
+def make_context(root: Path, method: str, kind: str, model: Path, *, seed: int = 7, sinks: Any = ()) -> Any:
+    """The context of a stage in `root`; events are collected in `ctx.seen`."""
+    from posttrain.core.artifact import InputRef
+    from posttrain.core.context import StageContext
+    from posttrain.core.events import Events
+
+    spec = {"kind": kind, "path": str(root / "rows.jsonl")}
     inputs = {
         "model": [InputRef("model", "base", "model", "model", spec={"id": str(model)})],
-        "data": [InputRef("data", "rows", "source", "dataset", spec={"kind": kind, "path": str(data)}, rows=kind)],
+        "data": [InputRef("data", "rows", "source", "dataset", spec=spec, rows=kind)],
     }
     ctx = StageContext("train", method, seed, inputs, root / "out", root / "work", Events(None, "train"))
     ctx.seen = []
@@ -139,10 +143,13 @@ def make_context(root: Path, method: str, rows: list[dict[str, Any]], kind: str,
 
 
 def run_stage(root: Path, method: str, rows: list[dict[str, Any]], kind: str, model: Path, *, sinks: Any = (), seed: int = 7, **fields: Any) -> Any:
-    """Runs a trainer stage in this process; returns its context."""
+    """Runs a trainer stage in this process; returns its context. `evaluation` is the context's `eval`."""
     from posttrain.core import registry
 
-    ctx = make_context(root, method, rows, kind, model, seed=seed, sinks=sinks)
+    evaluation = fields.pop("evaluation", {})
+    make_folders(root, rows)
+    ctx = make_context(root, method, kind, model, seed=seed, sinks=sinks)
+    ctx.eval = evaluation
     declared = registry.method(method)
     defaults = {"name": "train", "method": method, "log_every": 1, "optim": {"lr": 1e-3}}
     declared.run(declared.config.model_validate({**defaults, **fields}), ctx)

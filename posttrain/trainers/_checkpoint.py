@@ -10,9 +10,12 @@ are deleted only once a newer one is complete.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,21 @@ class Checkpoint:
     step: int
     world_size: int
     extra: dict[str, Any]
+
+
+@contextmanager
+def save_errors(folder: Path) -> Iterator[None]:
+    """`disk_errors` also for what safetensors ("... (os error 28)") and torch ("failed writing file") raise instead of OSError."""
+    with disk_errors(folder):
+        try:
+            yield
+        except Exception as error:
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number:
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+            if isinstance(error, RuntimeError) and "failed writing file" in str(error):
+                raise ArtifactError("cannot write a checkpoint file: disk full, quota or size limit", where=str(folder), fix="free space, then run the same command again; older checkpoints are intact") from error
+            raise
 
 
 def crc32(file: Path) -> int:

@@ -19,22 +19,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def is_finite(value: Any) -> bool:
-    """True where a float, or every element of a tensor, is finite."""
-    import math
-
-    return bool(value.isfinite().all()) if hasattr(value, "isfinite") else math.isfinite(value)
+def gradient_norms(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Norm of each parameter's gradient, by name; taken before clipping, which spreads one NaN to all of them."""
+    return {name: parameter.grad.norm() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def bad_gradients(model: torch.nn.Module, limit: int = 3) -> list[str]:
-    """Names of the first `limit` parameters whose gradient holds a NaN or an infinity."""
-    found: list[str] = []
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not is_finite(parameter.grad):
-            found.append(name)
-        if len(found) == limit:
-            break
-    return found
+def bad_names(norms: dict[str, torch.Tensor], limit: int = 3) -> list[str]:
+    """Names of the first `limit` gradients that hold a NaN or an infinity."""
+    return [name for name, norm in norms.items() if not norm.isfinite()][:limit]
 
 
 def numerics_error(tensor: str, value: float, step: int, last_good: str | None) -> NumericsError:

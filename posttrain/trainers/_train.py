@@ -33,6 +33,7 @@ from posttrain.data.chat import set_template
 from posttrain.errors import ArtifactError, ConfigError
 from posttrain.models.load import LoadedModel, load_model
 from posttrain.models.save import save_model
+from posttrain.models.source import resolve_model
 from posttrain.rollout.base import request_seed
 from posttrain.trainers._checkpoint import clear, mark_complete, read_checkpoint
 from posttrain.trainers._trl import check_trl_fields
@@ -137,17 +138,24 @@ def load_for_training(cfg: TrainConfig, ctx: StageContext) -> LoadedModel:
     """The stage's input model; an adapter is merged, or left attached and trainable with `lora.on_input: continue`."""
     hf_logging.disable_progress_bar()
     ref = ctx.ref("model")
-    keep = cfg.lora is not None and cfg.lora.on_input == "continue" and ref.kind == "adapter"
+    keep = cfg.lora is not None and cfg.lora.on_input == "continue" and resolve_model(ref).form == "adapter"
     options = {key: ref.spec[key] for key in ("dtype", "attn") if key in ref.spec}
     loaded = load_model(ref, merge=not keep, trust_remote_code=ctx.trust_remote_code, **options)
+    if not attached(loaded.model):
+        loaded.model.requires_grad_(True)
     if cfg.data.template:
         set_template(loaded.tokenizer, cfg.data.template, replace=ref.origin == "model")
     return loaded
 
 
+def attached(model: Any) -> bool:
+    """True for a PeftModel; a merged model may still carry peft's attributes."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
 def peft_config(lora: LoraConfig | None, model: Any) -> Any:
     """peft's config of a new adapter; None for full fine-tuning or where an adapter is already attached."""
-    if lora is None or hasattr(model, "peft_config"):
+    if lora is None or attached(model):
         return None
     from peft import LoraConfig as PeftLora
 
@@ -304,6 +312,7 @@ def check_trainable(model: Any, where: str) -> int:
 def train_and_commit(trainer: Any, cfg: TrainConfig, ctx: StageContext, loaded: LoadedModel) -> None:
     """Trains (resuming where a complete checkpoint exists), evaluates, and writes the model or adapter into `ctx.out`."""
     count = check_trainable(trainer.model, f"stages.{ctx.name}.lora")
+    base = loaded.base if attached(loaded.model) else loaded.source
     ctx.events.log(f"{count:,} trainable parameters")
     _watch(cfg, ctx, trainer, loaded.tokenizer)
     start = time.monotonic()
@@ -314,7 +323,7 @@ def train_and_commit(trainer: Any, cfg: TrainConfig, ctx: StageContext, loaded: 
         trainer._load_from_checkpoint(str(best))
         ctx.summary["best"] = {"step": read_checkpoint(best).step, "value": read_checkpoint(best).extra["value"]}
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if "ref" in getattr(model, "peft_config", {}):
+    if attached(model) and "ref" in model.peft_config:
         model.delete_adapter("ref")
     model.gradient_checkpointing_disable()
     model.eval()
@@ -323,8 +332,7 @@ def train_and_commit(trainer: Any, cfg: TrainConfig, ctx: StageContext, loaded: 
         ctx.summary["tokens_per_s"] = round(ctx.summary["tokens"] / max(seconds, 1e-9), 1)
     evaluate_around(ctx, "after", model, loaded.tokenizer)
     if ctx.world.main:
-        attached = hasattr(loaded.model, "peft_config") and loaded.kind == "adapter"
-        save_model(model, loaded.tokenizer, ctx.out, base=loaded.base if attached else loaded.source, meta=ctx.meta)
+        save_model(model, loaded.tokenizer, ctx.out, base=base, meta=ctx.meta)
         ctx.summary["size_bytes"] = ctx.meta.get("size_bytes")
     ctx.meta["kind"] = "adapter" if cfg.lora else "model"
     trainer.accelerator.wait_for_everyone()

@@ -7,7 +7,7 @@
 It adds what a long run needs and changes no number: complete checkpoints with their own rotation (`_checkpoint.py`), a
 stop before the update when a loss or gradient is not finite (`_guard.py`), a checkpoint and `Preempted` after SIGTERM
 or SIGINT, and events. Seams used, all checked by a contract test: `_save_checkpoint`, `_load_optimizer_and_scheduler`,
-`_load_from_checkpoint`, `_get_grad_norm`, `training_step`, `log`, `train`, `create_model_card`, TrainerCallback.
+`_load_from_checkpoint`, `_clip_grad_norm`, `_get_grad_norm`, `training_step`, `log`, `train`, `create_model_card`, TrainerCallback.
 
 Pickles: transformers writes `training_args.bin`, which is dropped here; optimizer, scheduler and generator states are
 read by torch with `weights_only=True`, and only from folders that carry our marker.
@@ -34,8 +34,8 @@ from safetensors.torch import save_file  # noqa: E402
 from transformers import PrinterCallback, TrainerCallback  # noqa: E402
 from transformers.trainer_utils import TrainOutput  # noqa: E402
 
-from posttrain.trainers._checkpoint import Checkpoint, clear, latest_complete, mark_complete, read_checkpoint, rotate  # noqa: E402
-from posttrain.trainers._guard import StopSignal, bad_gradients, caught_signals, numerics_error  # noqa: E402
+from posttrain.trainers._checkpoint import Checkpoint, clear, latest_complete, mark_complete, read_checkpoint, rotate, save_errors  # noqa: E402
+from posttrain.trainers._guard import StopSignal, bad_names, caught_signals, gradient_norms, numerics_error  # noqa: E402
 
 if TYPE_CHECKING:
     from posttrain.core.events import Events
@@ -110,6 +110,11 @@ class SafeCheckpoint:
         step = self.state.global_step
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
         self._emit("begin", step)
+        with save_errors(folder):
+            self._save_and_mark(folder, step, model, trial)
+        self._emit("end", step)
+
+    def _save_and_mark(self, folder: Path, step: int, model: torch.nn.Module, trial: Any) -> None:
         if self.accelerator.is_main_process:
             clear(folder)
         self.accelerator.wait_for_everyone()
@@ -126,7 +131,6 @@ class SafeCheckpoint:
             if self.keep_checkpoints:
                 rotate(folder.parent, self.keep_checkpoints, step)
         self.accelerator.wait_for_everyone()
-        self._emit("end", step)
 
     def _emit(self, state: str, step: int) -> None:
         if self.events is not None:
@@ -160,6 +164,10 @@ class NumericsGuard:
         self._window_losses = [*getattr(self, "_window_losses", []), loss.detach()]
         return loss
 
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        self._gradient_norms = gradient_norms(model)
+        return super()._clip_grad_norm(model)
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         losses, self._window_losses = torch.stack([loss.float().mean() for loss in self._window_losses]), []
@@ -169,10 +177,10 @@ class NumericsGuard:
             bad = self.accelerator.reduce(bad, reduction="sum")
         bad_losses, bad_norms = bad.tolist()
         if bad_losses or bad_norms:
-            self._stop_on_numerics(model, losses, norm_value, bool(bad_losses))
+            self._stop_on_numerics(losses, norm_value, bool(bad_losses))
         return norm
 
-    def _stop_on_numerics(self, model: torch.nn.Module, losses: torch.Tensor, norm: torch.Tensor, in_loss: bool) -> None:
+    def _stop_on_numerics(self, losses: torch.Tensor, norm: torch.Tensor, in_loss: bool) -> None:
         step = self.state.global_step + 1
         self.state.global_step = step
         self.log({"loss": losses.sum().item(), "grad_norm": norm.item()})
@@ -181,7 +189,7 @@ class NumericsGuard:
             here = losses[~losses.isfinite()]
             tensor, value = "the loss", here[0].item() if len(here) else float("nan")
         else:
-            names = ", ".join(bad_gradients(model)) or "an unnamed tensor"
+            names = ", ".join(bad_names(getattr(self, "_gradient_norms", {}))) or "an unnamed tensor"
             tensor, value = f"the gradient norm (gradient of {names})", norm.item()
         good = latest_complete(Path(self.args.output_dir))
         raise numerics_error(tensor, value, step, good.path.name if good else None)

@@ -22,6 +22,7 @@ METHODS = [
     (trl.SFTTrainer, "_load_optimizer_and_scheduler", ["self", "checkpoint"]),
     (trl.SFTTrainer, "_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
     (trl.SFTTrainer, "_get_grad_norm", ["self", "model", "grad_norm"]),
+    (trl.SFTTrainer, "_clip_grad_norm", ["self", "model"]),
     (trl.SFTTrainer, "_get_output_dir", ["self", "trial"]),
     (trl.SFTTrainer, "save_model", ["self", "output_dir", "_internal_call"]),
     (trl.SFTTrainer, "log", ["self", "logs", "start_time"]),
