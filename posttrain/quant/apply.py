@@ -24,6 +24,15 @@ def output_name(model: Any) -> str:
     return next((name for name, module in model.named_modules() if module is output), "lm_head")
 
 
+def coverage_note(model: Any, scheme: Scheme) -> str:
+    """Which share of the parameters is quantized, and what large tensors are no linear layers (experts stored as one tensor)."""
+    total = sum(p.numel() for p in model.parameters())
+    share = sum(out * columns for out, columns in scheme.layers.values()) / total
+    stacked = [name for name, p in model.named_parameters() if p.ndim == 3]
+    note = f"{len(scheme.layers)} layers hold {share:.0%} of the {total:,} parameters"
+    return note + (f"; {len(stacked)} stacked expert tensors stay dense, first {stacked[0]}" if stacked else "")
+
+
 def round_dense(model: torch.nn.Module, dtype: torch.dtype, scheme: Scheme) -> None:
     """Rounds all that is not quantized to the type it is exported in; the model stays in float32."""
     kept = {f"{name}.weight" for name in scheme.layers}

@@ -10,6 +10,7 @@ from posttrain.core.context import StageContext
 from posttrain.errors import QuantError
 from posttrain.models.load import LoadedModel
 from posttrain.models.reload import check_reload, probe_logits
+from posttrain.quant.apply import coverage_note
 from posttrain.quant.base import QTensor, dequantize
 from posttrain.quant.engine_check import check_engine, unavailable
 from posttrain.quant.export import write_quantized
@@ -42,7 +43,8 @@ def finish(
     from posttrain.eval.run import around
 
     model, tokenizer = loaded.model, loaded.tokenizer
-    for note in scheme.notes:
+    notes = [*scheme.notes, coverage_note(model, scheme)]
+    for note in notes:
         ctx.events.log(note)
     facts = write_quantized(model, tokenizer, tensors, scheme, ctx.out, dtype=dtype, max_shard_gb=export.max_shard_gb)
     if export.reload_check:
@@ -54,7 +56,7 @@ def finish(
         model = again.model
         facts |= _engine(ctx, model, facts["bits"], export.engine_check)
     around(ctx, "after", model, tokenizer)
-    _report(ctx, loaded, facts, rows, scheme)
+    _report(ctx, loaded.dtype, facts, rows, notes)
 
 
 def _engine(ctx: StageContext, model: Any, bits: int, wanted: str) -> dict[str, Any]:
@@ -76,11 +78,11 @@ def _engine(ctx: StageContext, model: Any, bits: int, wanted: str) -> dict[str, 
     return {"engine_check": found}
 
 
-def _report(ctx: StageContext, loaded: LoadedModel, facts: dict[str, Any], rows: list[dict[str, Any]], scheme: Scheme) -> None:
-    before = facts["parameters"] * torch.finfo(getattr(torch, loaded.dtype)).bits // 8
+def _report(ctx: StageContext, dtype: str, facts: dict[str, Any], rows: list[dict[str, Any]], notes: list[str]) -> None:
+    before = facts["parameters"] * torch.finfo(getattr(torch, dtype)).bits // 8
     weight_error = sum(row["error"] for row in rows) / len(rows)
     ctx.meta.update({key: facts[key] for key in ("format", "bits", "group_size", "symmetric", "layout", "dtype", "loads_in")})
-    ctx.summary.update(facts, size_bytes_before=before, weight_error=round(weight_error, 8), layers=rows, notes=list(scheme.notes))
+    ctx.summary.update(facts, size_bytes_before=before, weight_error=round(weight_error, 8), layers=rows, notes=notes)
     engines = ", ".join(name for name, ok in facts["loads_in"].items() if ok)
     ctx.events.log(
         f"{len(rows)} layers in {facts['bits']} bits ({facts['bits_per_weight']:.2f} with scales); "

@@ -10,35 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import REPORT_ONLY, Strict
 from posttrain.config.common import StageConfig, StageEval
 from posttrain.core.context import StageContext
 from posttrain.core.registry import model_port, stage
 from posttrain.errors import QuantError
-
-
-class QuantExport(Strict):
-    """How the quantized checkpoint is written."""
-
-    format: Literal["compressed-tensors"] = "compressed-tensors"
-    """`pack-quantized` of compressed-tensors, read by transformers and vLLM."""
-    engine: Literal["transformers", "vllm", "vllm-cpu"] = "transformers"
-    """Engine that must be able to load it; a width that it cannot load is refused. `vllm` means vLLM on a GPU."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of what stays dense and of the scales; `auto` is the input checkpoint's type."""
-    max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
-    """Size of a weight file in GB."""
-    reload_check: Annotated[bool, REPORT_ONLY] = True
-    """Read the export back and compare weights and logits before it is committed."""
-    engine_check: Annotated[Literal["off", "try", "require"], REPORT_ONLY] = "off"
-    """Run the export in vLLM too, in a process of its own, and compare log-probabilities; `try` goes on with a warning where vLLM
-    cannot run it on this machine."""
-
-    @model_validator(mode="after")
-    def _check_needs_reload(self) -> QuantExport:
-        if self.engine_check != "off" and not self.reload_check:
-            raise ValueError("engine_check compares with the reloaded export; it needs `reload_check: true`")
-        return self
+from posttrain.quant.options import QuantExport, check_engine
 
 
 class RtnConfig(StageConfig):
@@ -71,23 +47,6 @@ class RtnConfig(StageConfig):
     def is_symmetric(self) -> bool:
         """`symmetric`, with the default for the width."""
         return self.bits >= 4 if self.symmetric is None else self.symmetric
-
-
-def check_engine(bits: int, engine: str) -> None:
-    """Refuses a width that the engine cannot load.
-
-    Raises:
-        ValueError: the engine, the width, and what would work.
-    """
-    if engine == "vllm" and bits == 3:
-        raise ValueError(
-            "bits: 3 cannot be loaded by vLLM, since codes are stored as transformers reads them; "
-            "use 2, 4 or 8 bits, or `export.engine: transformers`"
-        )
-    if engine == "vllm-cpu" and bits != 4:
-        raise ValueError(
-            f"bits: {bits} has no CPU kernel in vLLM, which runs 4 bits only; use 4 bits, or `export.engine: vllm` (GPU) or `transformers`"
-        )
 
 
 @stage("quantize.rtn", config=RtnConfig, inputs={"model": model_port(kinds=("model", "adapter"))}, output="quantized", evals=True)

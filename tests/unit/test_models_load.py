@@ -226,6 +226,38 @@ def test_missing_adapter_weights_are_refused(adapter_dir: Path, tmp_path: Path) 
         load_model(tmp_path / "x" / "adapter")
 
 
+def test_hub_model_from_the_local_cache(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cached snapshot is found by its commit without the hub; an adapter over it names id and commit, not a path."""
+    from huggingface_hub import constants
+
+    revision = "a" * 40
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    shutil.copytree(tiny_model_dir, tmp_path / "models--owner--name" / "snapshots" / revision)
+    loaded = load_model({"id": "owner/name", "revision": revision})
+    assert torch.equal(probe_logits(loaded.model), probe_logits(load_model(tiny_model_dir).model))
+    model = add_adapter(loaded.model)
+    expected = probe_logits(model)
+    save_model(model, loaded.tokenizer, tmp_path / "adapter", base=loaded)
+    assert json.loads((tmp_path / "adapter" / "base.json").read_text()) == {
+        "digest": f"hub:owner/name@{revision}",
+        "id": "owner/name",
+        "revision": revision,
+    }
+    assert (probe_logits(load_model(tmp_path / "adapter").model) - expected).abs().max() < 1e-5
+
+
+def test_foreign_adapter_without_our_base_file(adapter_dir: Path, tmp_path: Path) -> None:
+    """peft's own files are enough: the base is read from adapter_config.json, the tokenizer from the base."""
+    shutil.copytree(adapter_dir, tmp_path / "x")
+    folder = tmp_path / "x" / "adapter"
+    for file in folder.iterdir():
+        if not file.name.startswith("adapter_"):
+            file.unlink()
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(tmp_path / "x" / "base")}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert torch.equal(probe_logits(load_model(folder).model), probe_logits(load_model(adapter_dir / "adapter").model))
+
+
 def test_unreachable_hub_model() -> None:
     with pytest.raises(ArtifactError, match="local hub cache") as caught:
         load_model({"id": "nobody/nothing", "revision": "0" * 40})
