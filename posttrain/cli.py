@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from dataclasses import dataclass
 
 from posttrain import __version__
-from posttrain.errors import PosttrainError, format_error
+from posttrain.errors import PosttrainError, Preempted, format_error
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,19 @@ VERBS = {
     "run": Verb("pipeline", "run a pipeline, or go on with it", "posttrain run configs/pipelines/quickstart.yaml seed=3"),
     "plan": Verb("pipeline", "show what would run, and why", "posttrain plan configs/pipelines/quickstart.yaml"),
     "validate": Verb("pipeline", "name every error in a pipeline file", "posttrain validate configs/pipelines/quickstart.yaml --deep"),
-    "select": Verb("single", "select data: METHOD and ports", "posttrain select dsir raw='shards/*.jsonl.zst' target=target.jsonl rows=50000 out=picked"),
-    "train": Verb("single", "run one training stage from a file", "posttrain train configs/stages/sft.yaml model.id=./model in.data=rows.jsonl"),
+    "select": Verb(
+        "single",
+        "select data: METHOD and ports",
+        "posttrain select dsir raw='shards/*.jsonl.zst' target=target.jsonl rows=50000 out=picked",
+    ),
+    "train": Verb(
+        "single", "run one training stage from a file", "posttrain train configs/stages/sft.yaml model.id=./model in.data=rows.jsonl"
+    ),
     "generate": Verb("single", "generate from a model", "posttrain generate model=./model prompt='12+34=' max_tokens=8"),
     "eval": Verb("single", "measure a model on local rows", "posttrain eval model=./model data=rows.jsonl metrics=[loss,perplexity]"),
-    "quantize": Verb("single", "quantize a model: METHOD and model", "posttrain quantize rtn model=./model bits=4 group_size=32 out=model-int4"),
+    "quantize": Verb(
+        "single", "quantize a model: METHOD and model", "posttrain quantize rtn model=./model bits=4 group_size=32 out=model-int4"
+    ),
     "export": Verb("single", "write a model as a plain folder", "posttrain export model=./model out=exported"),
     "report": Verb("look", "write a run's report.html", "posttrain report quickstart"),
     "ls": Verb("look", "list runs, or the stages of one", "posttrain ls quickstart"),
@@ -45,7 +55,9 @@ VERBS = {
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plugin", action="append", default=[], metavar="PACKAGE", help="import this installed package's methods and rewards")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="PACKAGE", help="import this installed package's methods and rewards"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
@@ -83,7 +95,9 @@ def _single(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("file", help="YAML with one stage")
     elif verb in ("select", "quantize"):
         parser.add_argument("name", metavar="METHOD", help=f"e.g. {'dsir' if verb == 'select' else 'rtn'}")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="ports (model=, data=, raw=, target=), out=, and fields of the method")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="ports (model=, data=, raw=, target=), out=, and fields of the method"
+    )
     _run_flags(parser)
     parser.add_argument("--force", action="append_const", const="all", default=[], help="run again even if committed")
 
@@ -124,22 +138,53 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Arguments with overrides gathered from anywhere on the line, also behind flags."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    strays = [text for text in rest if text.startswith("-") or "=" not in text]
+    if strays or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _raise_preempted(number: int, _frame: object) -> None:
+    raise Preempted(f"stopped by {signal.Signals(number).name}", fix="run the same command again; it goes on where it was")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a verb; returns the exit code. A person's mistake never ends in a traceback."""
-    args = build_parser().parse_args(argv)
+    args = _parse(argv)
     try:
+        signal.signal(signal.SIGTERM, _raise_preempted)
         from posttrain.core.registry import use_plugins
 
         use_plugins(args.plugin)
         module = importlib.import_module(f"posttrain.verbs.{VERBS[args.verb].module}")
-        return int(getattr(module, args.verb)(args) or 0)
-    except PosttrainError as error:
-        if args.debug:
-            raise
-        print(format_error(error), file=sys.stderr)
-        return error.exit_code
+        code = int(getattr(module, args.verb)(args) or 0)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 75
+    except Exception as error:
+        if args.debug:
+            raise
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """Prints one error without a traceback; returns its exit code."""
+    if isinstance(error, PosttrainError):
+        print(format_error(error), file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, OSError) and error.filename:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 4
+    print(f"internal error: {type(error).__name__}: {error}\n  fix: run it again with --debug and report the traceback", file=sys.stderr)
+    return 1

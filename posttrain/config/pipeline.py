@@ -27,7 +27,7 @@ from posttrain.config.wiring import WiredStage, check_chain, data_ref, output_ki
 from posttrain.core.registry import method, methods
 from posttrain.errors import ConfigError, Problem
 
-__all__ = ["Pipeline", "WiredStage", "data_ref", "load_pipeline", "output_kind", "parse_pipeline", "semantic", "wire"]
+__all__ = ["Pipeline", "WiredStage", "data_ref", "load_pipeline", "output_kind", "override_tree", "parse_pipeline", "semantic", "wire"]
 
 
 class _Head(Strict):
@@ -221,6 +221,17 @@ def load_pipeline(path: str | Path, overrides: Iterable[str] = (), base: Path | 
         marks = {p: m for p, m in marks.items() if p[: len(at)] != at}
     folder = base if base is not None else Path(os.path.realpath(os.path.dirname(os.path.abspath(path))))
     return parse_pipeline(tree, folder, marks, str(path))
+
+
+def override_tree(tree: dict[str, Any], overrides: Iterable[str]) -> Pipeline:
+    """A pipeline out of a tree made in memory and dotted overrides; relative paths are relative to the current folder.
+
+    Raises:
+        ConfigError: holds every problem found.
+    """
+    for item in overrides:
+        _override(tree, item)
+    return parse_pipeline(tree, Path.cwd(), where="command line")
 
 
 def _report_only(annotation: Any, metadata: Iterable[Any] = ()) -> bool:

@@ -58,7 +58,15 @@ class Tail:
             return []
         end = data.rfind(b"\n") + 1
         self._at += end
-        return [json.loads(line) for line in data[:end].splitlines() if line.strip()]
+        return [event for line in data[:end].split(b"\n") if (event := _parsed(line)) is not None]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {"kind", "stage"} <= found.keys() else None
 
 
 class Display:
@@ -110,8 +118,13 @@ class Display:
             self._line(text)
 
     def _line(self, text: str) -> None:
-        if self._drawn:
-            self._stream.write("\r\x1b[2K")
-            self._drawn = False
+        self.close()
         self._stream.write(text + "\n")
         self._stream.flush()
+
+    def close(self) -> None:
+        """Takes the live line away, so that what is printed next stands alone."""
+        if self._drawn:
+            self._stream.write("\r\x1b[2K")
+            self._stream.flush()
+            self._drawn = False

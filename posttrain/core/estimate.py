@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from posttrain.core.plan import PlannedStage
+from posttrain.core.registry import MODEL_KINDS
 
 CHECKPOINT_COPIES = 3.0
+ADAPTER_SHARE = 0.2
 
 
 def _folder_bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else 0
 
 
-def _previous(stage: PlannedStage) -> dict[str, Any] | None:
-    """Manifest of an earlier run of the same stage, under any key."""
+def _earlier_seconds(stage: PlannedStage) -> float | None:
+    """Seconds of an earlier run of the stage under any key, in proportion to the steps."""
     from posttrain.core.rundir import RunDir, read_json
 
-    run = RunDir(stage.folder.parent.parent)
-    for folder in run.siblings(stage.name):
-        manifest = read_json(folder / "manifest.json")
-        if manifest:
-            return manifest
+    for folder in RunDir(stage.folder.parent.parent).siblings(stage.name):
+        manifest, spec = read_json(folder / "manifest.json"), read_json(folder / "config.json")
+        if manifest and spec:
+            before, now = spec["config"].get("steps"), getattr(stage.config, "steps", None)
+            return float(manifest["seconds"]) * (now / before if now and before else 1.0)
     return None
 
 
@@ -33,6 +34,15 @@ def _model_bytes(stage: PlannedStage) -> int | None:
             return path.stat().st_size
         return _folder_bytes(path) or None
     return None
+
+
+def _disk_bytes(stage: PlannedStage, size: int) -> float:
+    """Output, and for a trainer the kept checkpoints and the one being written; an adapter's are small beside the model."""
+    config = stage.config
+    if getattr(config, "lora", None) is not None:
+        return ADAPTER_SHARE * size
+    copies = CHECKPOINT_COPIES * (config.checkpoint.keep + 1) if hasattr(config, "checkpoint") else 0.0
+    return size * (1 + copies)
 
 
 def estimate(stage: PlannedStage) -> dict[str, float]:
@@ -46,13 +56,12 @@ def estimate(stage: PlannedStage) -> dict[str, float]:
     steps, batch, data = (getattr(config, name, None) for name in ("steps", "batch", "data"))
     if "tokens" not in found and steps and batch and data:
         found["tokens"] = float(steps * (batch.tokens or (batch.rows or batch.per_device) * data.max_length))
-    earlier = _previous(stage)
-    if earlier and "seconds" not in found:
-        found["seconds"] = float(earlier["seconds"])
-    size = _model_bytes(stage)
+    seconds = _earlier_seconds(stage)
+    if seconds is not None:
+        found["seconds"] = seconds
+    size = _model_bytes(stage) if stage.method.output in MODEL_KINDS else None
     if size and "disk_bytes" not in found:
-        keep = config.checkpoint.keep if hasattr(config, "checkpoint") else 0
-        found["disk_bytes"] = size * (1 + CHECKPOINT_COPIES * (keep + 1 if keep else 0))
+        found["disk_bytes"] = _disk_bytes(stage, size)
     return found
 
 

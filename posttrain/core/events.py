@@ -6,6 +6,7 @@ Kinds: `log`, `metrics`, `progress`, `checkpoint`, `commit`. Non-finite numbers 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -95,7 +96,8 @@ class Events:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Closes the file; a full disk at this point loses the last line and nothing else."""
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()

@@ -11,19 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from posttrain.core import process, registry
-from posttrain.core.durable import write_json
+from posttrain.core.durable import disk_errors, write_json
 from posttrain.core.plan import PlannedStage
-from posttrain.core.rundir import RunDir, read_json, record_processes
+from posttrain.core.rundir import RunDir, is_committed, read_json, record_processes, retire, settle_work
 from posttrain.errors import EXIT_OK, EXIT_PREEMPTED, PosttrainError
 
 WORKER = "posttrain.core.worker"
 SEVERITY = (3, 5, 4, 2, 1, EXIT_PREEMPTED, 0)
 STOP_GRACE_S = 120.0
 
+_OOM_HINT = "; the kernel kills a process that runs out of memory this way"
 _ENV_DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -72,14 +74,14 @@ def config_json(stage: PlannedStage, run: RunDir, attempt: int, trust_remote_cod
         "schema": 1, "name": stage.name, "method": stage.method.name, "method_version": stage.method.version, "key": stage.key,
         "seed": stage.seed, "config": stage.config.dump(), "material": stage.material,
         "inputs": {port: [r.to_json() for r in refs] for port, refs in stage.inputs.items()},
-        "heldout": [r.to_json() for r in stage.heldout], "eval": stage.eval, "processes": stage.processes,
+        "heldout": [r.to_json() for r in stage.heldout], "eval": stage.eval, "processes": stage.processes, "tracking": stage.tracking,
         "attempt": attempt, "plugins": list(registry.plugins()), "trust_remote_code": trust_remote_code, "run": str(run.path),
     }  # fmt: skip
 
 
 def next_attempt(folder: Path) -> int:
-    """Number of the attempt about to start."""
-    made = [int(p.name) for p in (folder / "attempts").glob("[0-9]*") if p.name.isdigit()]
+    """Number of the attempt about to start: one that was prepared but never started is used again."""
+    made = [int(p.name) for p in (folder / "attempts").glob("[0-9]*") if p.name.isdigit() and any(p.iterdir())]
     return max(made, default=0) + 1
 
 
@@ -87,39 +89,41 @@ def prepare(stage: PlannedStage, run: RunDir, trust_remote_code: bool) -> Path:
     """Writes config.json and makes the attempt's folder; returns it."""
     from posttrain.core.environment import environment
 
-    if stage.why == "--force" or stage.why.startswith("input `"):
+    if stage.again:
         retire(stage.folder)
     attempt = next_attempt(stage.folder)
     folder = stage.folder / "attempts" / str(attempt)
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if stage.processes > 1:
+        settle_work(stage.folder, stage.refs)
     write_json(stage.folder / "config.json", config_json(stage, run, attempt, trust_remote_code))
     write_json(stage.folder / "env.json", environment())
     return folder
 
 
-def retire(folder: Path) -> None:
-    """Forgets a committed result and its work: manifest first, so that no reader sees half of it."""
-    import shutil
+def outcome(attempt: Path, code: int, processes: int = 1) -> tuple[int, str]:
+    """(exit code, message) of a stage.
 
-    for name in ("manifest.json", "out", "out.tmp", "work"):
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def outcome(attempt: Path, code: int) -> tuple[int, str]:
-    """(exit code, message) of a stage: the most severe of its ranks' exit files, else what the process's end says."""
+    The most severe of its ranks' exit files counts. Where a rank left none, it was killed: then a peer's "preempted" is
+    only the launcher's way of ending the others. Without any file the process's own end has to say it.
+    """
     exits = [e for e in (read_json(p) for p in sorted(attempt.glob("exit-*.json"))) if e]
-    if exits:
-        worst = min(exits, key=lambda e: SEVERITY.index(e["code"]) if e["code"] in SEVERITY else 4)
+    worst = min(exits, key=lambda e: SEVERITY.index(e["code"]) if e["code"] in SEVERITY else 4, default=None)
+    if worst and not (worst["code"] in (EXIT_OK, EXIT_PREEMPTED) and len(exits) < processes):
         return int(worst["code"]), str(worst.get("error", ""))
     if code < 0:
-        name = signal.Signals(-code).name
-        hint = "; the kernel kills a process that runs out of memory this way" if name == "SIGKILL" else ""
-        return 1, f"the stage's process was ended by {name}{hint}"
-    return (1, f"the stage's process exited with code {code} before it could say why") if code else (0, "")
+        return 1, f"the stage's process was ended by {signal.Signals(-code).name}{_OOM_HINT if -code == signal.SIGKILL else ''}"
+    if worst or processes > 1:
+        return 1, f"{processes - len(exits)} of {processes} processes ended without a word{_OOM_HINT}"
+    known = code if code in SEVERITY else 1
+    return (known, f"the stage's process exited with code {code} before it could say why") if code else (0, "")
+
+
+def child_environment() -> dict[str, str]:
+    """Our defaults, then the present environment; a child finds no module in the current folder unless this process does."""
+    safe = {} if {"", os.getcwd()} & set(sys.path) else {"PYTHONSAFEPATH": "1"}
+    return {**_ENV_DEFAULTS, **safe, **os.environ}
 
 
 class Child:
@@ -128,15 +132,12 @@ class Child:
     def __init__(self, group: list[PlannedStage], run: RunDir, lock_fd: int, trust_remote_code: bool) -> None:
         self.group, self.run = group, run
         self.attempts = [prepare(stage, run, trust_remote_code) for stage in group]
-        log = open(self.attempts[0] / "stdout.log", "ab")  # noqa: SIM115
-        try:
+        with disk_errors(self.attempts[0]), open(self.attempts[0] / "stdout.log", "ab") as log:
             self.process = subprocess.Popen(
                 command(group[0], [s.folder for s in group]),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock_fd],
-                start_new_session=True, preexec_fn=process.die_with_parent, env={**_ENV_DEFAULTS, **os.environ},
+                start_new_session=True, preexec_fn=partial(process.die_with_parent, os.getpid()), env=child_environment(),
             )  # fmt: skip
-        finally:
-            log.close()
         record_processes(run, [self.process.pid])
         self._stop_at: float | None = None
 
@@ -164,17 +165,14 @@ class Child:
 
 def check(child: Child, code: int) -> None:
     """Raises ChildFailed if a stage of the group is not committed."""
-    from posttrain.core.rundir import is_committed
-
     for stage, attempt in zip(child.group, child.attempts, strict=True):
         if is_committed(stage.folder):
             continue
-        exit_code, message = outcome(attempt, code)
-        log = attempt / "stdout.log"
-        where = f"stage {stage.name}"
+        exit_code, message = outcome(attempt, code, stage.processes)
+        where, log = f"stage {stage.name}", f"log: {attempt / 'stdout.log'}"
         if exit_code == EXIT_OK:
-            raise ChildFailed("the stage ended without committing", 1, where=where, fix=f"read {log}")
-        fix = "run the same command again; it goes on from the last complete checkpoint" if exit_code in (1, EXIT_PREEMPTED) else f"log: {log}"
-        raise ChildFailed(message or f"exit code {exit_code}", exit_code, where=where, fix=fix)
-
-
+            raise ChildFailed("the stage ended without committing", 1, where=where, fix=log)
+        text, _, fix = message.partition("\n  fix: ")
+        if exit_code == EXIT_PREEMPTED:
+            fix = fix or "run the same command again; it goes on from the last complete checkpoint"
+        raise ChildFailed(text, exit_code, where=where, fix=f"{fix}\n  {log}" if fix else log)

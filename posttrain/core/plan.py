@@ -8,16 +8,17 @@ committed stage whose recorded digest differs from what lies there now is run ag
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.pipeline import Pipeline, WiredStage, semantic, wire
+from posttrain.config.fields import nearest
+from posttrain.config.pipeline import Pipeline, WiredStage, data_ref, semantic, wire
 from posttrain.core.artifact import OUT, InputRef
+from posttrain.core.events import dumps
 from posttrain.core.hashing import digest_of
 from posttrain.core.registry import Method
-from posttrain.core.rundir import RunDir, is_committed, read_json
+from posttrain.core.rundir import RunDir, changed_input, is_committed, read_json
 from posttrain.errors import ConfigError, Problem
 
 HELD_OUT = ("validation", "test")
@@ -33,6 +34,8 @@ class PlannedStage:
         folder: where it is or will be.
         action: `reuse`, `run`, `resume`, or `skip` (left out by --only, --from, --until).
         why: the reason, naming the field or input that changed.
+        again: what lies there is to be forgotten first (forced, or made from other content).
+        tracking: trackers of the stage; not part of the key.
     """
 
     index: int
@@ -48,6 +51,8 @@ class PlannedStage:
     folder: Path
     action: str
     why: str
+    again: bool = False
+    tracking: dict[str, Any] = field(default_factory=dict)
 
     @property
     def todo(self) -> bool:
@@ -58,6 +63,11 @@ class PlannedStage:
     def processes(self) -> int:
         """World size."""
         return self.config.launch.processes
+
+    @property
+    def refs(self) -> list[InputRef]:
+        """All inputs, and the held-out rows that are kept out of them."""
+        return [r for refs in self.inputs.values() for r in refs] + self.heldout
 
 
 @dataclass(frozen=True)
@@ -70,11 +80,15 @@ class Selection:
     force: tuple[str, ...] = ()
 
     def check(self, names: list[str]) -> None:
-        """Raises ConfigError for a name that is not a stage."""
+        """Raises ConfigError for a name that is not a stage, or a range that is empty."""
         for flag, given in (("--only", self.only), ("--from", (self.from_,)), ("--until", (self.until,)), ("--force", self.force)):
             for name in given:
-                if name and name not in names and name != "all":
-                    raise ConfigError(f"no stage `{name}`", where=flag, fix=f"stages: {', '.join(names)}")
+                if name and name not in names and not (name == "all" and flag == "--force"):
+                    near = nearest(name, names)
+                    fix = f"did you mean `{near}`?" if near else f"stages: {', '.join(names)}"
+                    raise ConfigError(f"no stage `{name}`", where=flag, fix=fix)
+        if self.from_ and self.until and names.index(self.from_) > names.index(self.until):
+            raise ConfigError(f"`{self.until}` comes before `{self.from_}`", where="--until", fix="swap --from and --until")
 
     def wants(self, name: str, names: list[str]) -> bool:
         """True if the stage may run."""
@@ -82,12 +96,6 @@ class Selection:
         first = names.index(self.from_) if self.from_ else 0
         last = names.index(self.until) if self.until else len(names)
         return first <= place <= last and (not self.only or name in self.only)
-
-
-def _model_key(spec: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    from posttrain.models.digest import model_digest
-
-    return model_digest(spec), spec
 
 
 def _fill(ref: InputRef, done: dict[str, PlannedStage], holding: dict[str, Any]) -> InputRef:
@@ -102,8 +110,10 @@ def _fill(ref: InputRef, done: dict[str, PlannedStage], holding: dict[str, Any])
 
         key = source_digest(ref.spec)
         return replace(ref, key=key, digest=key)
-    key, spec = _model_key(ref.spec)
-    return replace(ref, key=key, digest=key, spec=spec)
+    from posttrain.models.digest import model_digest
+
+    key = model_digest(ref.spec)
+    return replace(ref, key=key, digest=key)
 
 
 def _ref_material(ref: InputRef) -> dict[str, Any]:
@@ -126,8 +136,6 @@ def _eval_for(stage: WiredStage, pipeline: Pipeline, known: set[str]) -> dict[st
 
 def _eval_refs(stage: WiredStage, pipeline: Pipeline, done: dict[str, PlannedStage]) -> dict[str, InputRef]:
     """References of all eval sets whose rows exist before the stage."""
-    from posttrain.config.pipeline import data_ref
-
     found = {}
     for name, item in pipeline.eval.sets.items():
         base = item.from_.split(":")[0]
@@ -136,16 +144,31 @@ def _eval_refs(stage: WiredStage, pipeline: Pipeline, done: dict[str, PlannedSta
     return found
 
 
-def _material(stage: WiredStage, seed: int, inputs: dict[str, list[InputRef]], heldout: list[InputRef]) -> dict[str, Any]:
+def _eval_material(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Sets of an evaluation with their rows by content."""
+    bare = {name: {k: v for k, v in item.items() if k not in ("from", "ref")} for name, item in evaluation.get("sets", {}).items()}
+    return {name: {**item, "rows_of": _ref_material(InputRef(**evaluation["sets"][name]["ref"]))} for name, item in bare.items()}
+
+
+def _steers(stage: WiredStage) -> bool:
+    """True if the evaluation can change the committed bytes."""
+    return stage.method.output == "eval" or bool(getattr(getattr(stage.config, "commit", None), "best", None))
+
+
+def _material(
+    stage: WiredStage, seed: int, inputs: dict[str, list[InputRef]], heldout: list[InputRef], evaluation: dict[str, Any]
+) -> dict[str, Any]:
     material: dict[str, Any] = {
         "method": stage.method.name,
         "version": stage.method.version,
         "seed": seed,
-        "config": {k: v for k, v in semantic(stage.config).items() if k not in ("name", "method", "in", "seed", "launch")},
+        "config": {k: v for k, v in semantic(stage.config).items() if k != "launch"},
         "inputs": {port: [_ref_material(r) for r in refs] for port, refs in inputs.items()},
     }
     if any(port.train for port in stage.method.inputs.values()):
         material["heldout"] = sorted({digest_of(_ref_material(r)) for r in heldout})
+    if evaluation and _steers(stage):
+        material["eval"] = _eval_material(evaluation)
     return material
 
 
@@ -156,10 +179,20 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
         return [line for k in keys for line in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
     if old == new:
         return []
-    short = lambda v: "none" if v is None else json.dumps(v)[:40]  # noqa: E731
-    if path.startswith("inputs."):
-        return [f"input `{path.split('.')[1]}` changed"]
-    return [f"{path.removeprefix('config.')} changed from {short(old)} to {short(new)}"]
+    head, _, rest = path.partition(".")
+    if head == "inputs":
+        return [f"input `{rest}` changed"]
+    if head in ("heldout", "eval"):
+        return [
+            "the held-out rows changed" if head == "heldout" else f"the evaluation changed ({rest})" if rest else "the evaluation changed"
+        ]
+    name = {"version": "the method's version"}.get(path, path.removeprefix("config."))
+    return [f"{name} changed from {_short(old)} to {_short(new)}"]
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = "none" if value is None else dumps(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _why_new(run: RunDir, name: str, material: dict[str, Any]) -> str:
@@ -171,32 +204,37 @@ def _why_new(run: RunDir, name: str, material: dict[str, Any]) -> str:
     return "not made yet"
 
 
-def _stale_input(folder: Path, inputs: dict[str, list[InputRef]]) -> str | None:
-    """Name of an input whose content is not what the committed stage was made from."""
-    recorded = {(i["port"], i["name"], i["split"]): i["digest"] for i in (read_json(folder / "manifest.json") or {}).get("inputs", [])}
-    for port, refs in inputs.items():
-        for ref in refs:
-            if ref.digest and recorded.get((port, ref.name, ref.split), ref.digest) != ref.digest:
-                return ref.name
-    return None
+def _measured_otherwise(folder: Path, evaluation: dict[str, Any]) -> bool:
+    """True if the figures of a committed stage come from other evaluation sets than the present ones."""
+    old = (read_json(folder / "config.json") or {}).get("eval") or {}
+    seen = lambda e: (_eval_material(e), sorted(e.get("when", [])) if e.get("sets") else [])  # noqa: E731
+    return seen(old) != seen(evaluation)
 
 
-def _action(run: RunDir, folder: Path, name: str, material: dict[str, Any], inputs: dict[str, list[InputRef]],
-            done: dict[str, PlannedStage], forced: bool) -> tuple[str, str]:  # fmt: skip
+def _started(folder: Path) -> bool:
+    return any((folder / "attempts").glob("*/events.jsonl"))
+
+
+def _action(run: RunDir, stage: PlannedStage, done: dict[str, PlannedStage], forced: bool) -> PlannedStage:
+    """The stage with its action and the reason."""
     if forced:
-        return "run", "--force"
-    if is_committed(folder):
-        stale = _stale_input(folder, inputs)
-        if stale:
-            return "run", f"input `{stale}` was made again and differs"
-        upstream = [r.name for refs in inputs.values() for r in refs if r.origin == "stage" and done[r.name].todo]
-        return ("reuse", "committed; its inputs are checked again when they are made") if upstream else ("reuse", "committed")
-    if (folder / "config.json").is_file():
-        return "resume", "unfinished"
-    return "run", _why_new(run, name, material)
+        return replace(stage, why="--force", again=True)
+    changed = changed_input(stage.folder, stage.refs)
+    if changed:
+        return replace(stage, why=f"input `{changed}` was made again and differs", again=True)
+    if is_committed(stage.folder):
+        why = "committed"
+        if any(r.origin == "stage" and done[r.name].todo for r in stage.refs):
+            why += "; its inputs are checked again when they are made"
+        if _measured_otherwise(stage.folder, stage.eval):
+            why += f"; its evaluation sets have changed since (--force {stage.name} to measure again)"
+        return replace(stage, action="reuse", why=why)
+    if _started(stage.folder):
+        return replace(stage, action="resume", why="unfinished")
+    return replace(stage, why=_why_new(run, stage.name, stage.material))
 
 
-def make_plan(pipeline: Pipeline, run: RunDir, selection: Selection = Selection(), trusted: bool = False) -> list[PlannedStage]:
+def make_plan(pipeline: Pipeline, run: RunDir, selection: Selection = Selection()) -> list[PlannedStage]:
     """Plans every stage of the pipeline.
 
     Raises:
@@ -210,15 +248,22 @@ def make_plan(pipeline: Pipeline, run: RunDir, selection: Selection = Selection(
     problems: list[Problem] = []
     for stage in wired:
         planned = _plan_stage(stage, pipeline, run, selection, names, holding, done)
-        for refs in planned.inputs.values():
-            for ref in refs:
-                if planned.todo and ref.origin == "stage" and done[ref.name].action == "skip":
-                    problems.append(Problem(f"stages.{planned.name}", f"needs `{ref.name}`, which is left out and not committed",
-                                            f"include `{ref.name}`"))  # fmt: skip
+        problems += _missing(planned, done)
         done[planned.name] = planned
     if problems:
         raise ConfigError(problems=problems, where="plan")
     return list(done.values())
+
+
+def _missing(stage: PlannedStage, done: dict[str, PlannedStage]) -> list[Problem]:
+    """Stages that a stage to run needs and that are left out."""
+    measured = [InputRef(**item["ref"]) for item in stage.eval.get("sets", {}).values()]
+    needed = [r.name for r in [*stage.refs, *measured] if r.origin == "stage"] if stage.todo else []
+    return [
+        Problem(f"stages.{stage.name}", f"needs `{name}`, which is left out and not committed", f"include `{name}`")
+        for name in dict.fromkeys(needed)
+        if done[name].action == "skip"
+    ]
 
 
 def _plan_stage(stage: WiredStage, pipeline: Pipeline, run: RunDir, selection: Selection, names: list[str],
@@ -226,19 +271,26 @@ def _plan_stage(stage: WiredStage, pipeline: Pipeline, run: RunDir, selection: S
     config, name = stage.config, stage.config.name
     inputs = {port: [_fill(r, done, holding) for r in refs] for port, refs in stage.inputs.items()}
     eval_refs = _eval_refs(stage, pipeline, done)
-    heldout = list({digest_of(_ref_material(r)): r for r in eval_refs.values() if r.split in HELD_OUT}.values())
+    trains = any(port.train for port in stage.method.inputs.values())
+    heldout = list({digest_of(_ref_material(r)): r for r in eval_refs.values() if trains and r.split in HELD_OUT}.values())
     seed = config.seed if config.seed is not None else pipeline.seed
-    material = _material(stage, seed, inputs, heldout)
     evaluation = _eval_for(stage, pipeline, set(pipeline.sources) | set(done))
     if evaluation:
         evaluation["sets"] = {n: {**s.dump(), "ref": eval_refs[n].to_json()} for n, s in evaluation["sets"].items()}
-        if getattr(getattr(config, "commit", None), "best", None):
-            material["eval"] = {n: [s["ref"]["key"], {k: v for k, v in s.items() if k != "ref"}] for n, s in evaluation["sets"].items()}
+    material = _material(stage, seed, inputs, heldout, evaluation)
     key = digest_of(material)
     folder = run.find(name, key) or run.stage_dir(stage.index, name, key)
     wanted = selection.wants(name, names)
     forced = wanted and (name in selection.force or "all" in selection.force)
-    action, why = _action(run, folder, name, material, inputs, done, forced)
-    if not wanted and action != "reuse":
-        action, why = "skip", "left out by the command"
-    return PlannedStage(stage.index, name, config, stage.method, inputs, heldout, evaluation, seed, key, material, folder, action, why)
+    tracking = {**pipeline.tracking.dump(), "name": f"{run.path.name}/{name}"}
+    planned = _action(
+        run,
+        PlannedStage(
+            stage.index, name, config, stage.method, inputs, heldout, evaluation, seed, key, material, folder, "run", "", False, tracking
+        ),
+        done,
+        forced,
+    )
+    if not wanted and planned.action != "reuse":
+        return replace(planned, action="skip", why="left out by the command", again=False)
+    return planned

@@ -107,9 +107,7 @@ def stage(
                 f"method `{name}` is declared twice, in {_METHODS[name].module} and {run.__module__}",
                 fix="rename one of them",
             )
-        _METHODS[name] = Method(
-            name, config, run, dict(inputs or {}), output, version, rows, evals, run.__module__, doc, estimate
-        )
+        _METHODS[name] = Method(name, config, run, dict(inputs or {}), output, version, rows, evals, run.__module__, doc, estimate)
         return run
 
     return register
@@ -118,12 +116,7 @@ def stage(
 def _package_files(package: str) -> list[tuple[str, Path]]:
     spec = importlib.util.find_spec(package)
     roots = list(spec.submodule_search_locations or []) if spec else []
-    return [
-        (f"{package}.{file.stem}", file)
-        for root in roots
-        for file in sorted(Path(root).glob("*.py"))
-        if not file.name.startswith("_")
-    ]
+    return [(f"{package}.{file.stem}", file) for root in roots for file in sorted(Path(root).glob("*.py")) if not file.name.startswith("_")]
 
 
 def scan_package(package: str, marker: str = "@stage(") -> None:
@@ -141,7 +134,9 @@ def _scan_all(plugins: tuple[str, ...]) -> None:
         scan_package(point.value)
     for plugin in plugins:
         if importlib.util.find_spec(plugin) is None:
-            raise ConfigError(f"plugin `{plugin}` is not an importable package", where="--plugin", fix=f"pip install it, or correct the name")
+            raise ConfigError(
+                f"plugin `{plugin}` is not an importable package", where="--plugin", fix="pip install it, or correct the name"
+            )
         importlib.import_module(plugin)
         scan_package(plugin)
 

@@ -5,8 +5,10 @@ Running the same command again is how anything is resumed.
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +16,15 @@ from typing import Any
 
 from posttrain.config.pipeline import Pipeline
 from posttrain.core import launch
+from posttrain.core.artifact import open_artifact
 from posttrain.core.display import Display
 from posttrain.core.durable import free_bytes, write_json, write_text
 from posttrain.core.plan import PlannedStage, Selection, make_plan
-from posttrain.core.rundir import RunDir, lock, runs_root, slug
+from posttrain.core.registry import MODEL_KINDS
+from posttrain.core.rundir import RunDir, is_committed, lock, runs_root, slug
 from posttrain.errors import ArtifactError, Preempted
+
+GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -55,23 +61,40 @@ def _ready(plan: list[PlannedStage]) -> list[PlannedStage]:
     return found
 
 
-def _check_limits(pipeline: Pipeline, run: RunDir, started: float) -> None:
-    limits = pipeline.limits
-    if limits.wall_hours and time.time() - started > limits.wall_hours * 3600:
-        raise Preempted(f"limits.wall_hours: {limits.wall_hours:g} is over", fix="run the same command again to go on")
-    if limits.disk_gb and free_bytes(run.path) < 1e9 * 0.05:
-        raise ArtifactError("less than 50 MB free", where=str(run.path), fix="free space, then run the same command again")
+def _check_disk(group: list[PlannedStage], pipeline: Pipeline, run: RunDir) -> None:
+    """Refuses a stage whose estimate exceeds `limits.disk_gb`; warns where it exceeds the free space."""
+    from posttrain.core.estimate import estimate
+
+    limit, free = pipeline.limits.disk_gb, free_bytes(run.path)
+    for stage in group:
+        need = estimate(stage).get("disk_bytes", 0.0)
+        if limit is not None and need > limit * GB:
+            raise ArtifactError(
+                f"stage {stage.name} needs about {need / GB:.3g} GB, and limits.disk_gb is {limit:g}",
+                where=str(stage.folder),
+                fix="raise limits.disk_gb, or lower checkpoint.keep",
+            )
+        if need > free:
+            print(
+                f"warning: stage {stage.name} needs up to {need / GB:.3g} GB and {free / GB:.3g} GB are free in {run.path}", file=sys.stderr
+            )
 
 
 class _Signals:
-    """Turns SIGTERM, SIGINT and SIGHUP into `stop()` of the current child; a second signal kills it."""
+    """Turns SIGTERM, SIGINT and SIGHUP into `stop()` of the current child; a second signal kills it.
+
+    Between children the first signal only leaves a mark that `check` reads, and the second ends the run at once. A
+    signal that was ignored when the run was started (nohup) stays ignored.
+    """
 
     def __init__(self) -> None:
         self.child: launch.Child | None = None
-        self.seen: int | None = None
+        self.seen: str | None = None
 
     def __enter__(self) -> _Signals:
-        self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+        heard = [s for s in wanted if signal.getsignal(s) != signal.SIG_IGN]
+        self._old = {s: signal.signal(s, self._handle) for s in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,32 +102,45 @@ class _Signals:
             signal.signal(number, old)
 
     def _handle(self, number: int, _frame: object) -> None:
-        self.seen = number
+        again, self.seen = self.seen is not None, signal.Signals(number).name
         if self.child is not None:
             self.child.stop()
+        elif again:
+            raise KeyboardInterrupt
+
+    def watch(self, child: launch.Child | None) -> None:
+        """The child to stop from now on; a signal that came just before counts."""
+        self.child = child
+        if child is not None and self.seen is not None:
+            child.stop()
+
+    def check(self, run: RunDir) -> None:
+        """Raises Preempted if a signal came."""
+        if self.seen is not None:
+            raise Preempted(f"stopped by {self.seen}", where=f"run {run.path}", fix="run the same command again; it goes on where it was")
 
 
 def _run_group(group: list[PlannedStage], run: RunDir, fd: int, options: RunOptions, signals: _Signals, deadline: float | None) -> None:
     child = launch.Child(group, run, fd, options.trust_remote_code)
-    signals.child = child
+    signals.watch(child)
     display = Display([a / "events.jsonl" for a in child.attempts])
 
     def tick() -> None:
         if not options.quiet:
             display.tick()
         if deadline is not None and time.time() > deadline and signals.seen is None:
-            signals.seen = signal.SIGALRM
+            signals.seen = "limits.wall_hours"
             child.stop()
 
     try:
         code = child.wait(tick)
     finally:
-        signals.child = None
+        signals.watch(None)
+        display.close()
         if child.process.poll() is None:
             child.kill()
-    if signals.seen is not None and any(not (s.folder / "manifest.json").is_file() for s in group):
-        name = signal.Signals(signals.seen).name if signals.seen != signal.SIGALRM else "limits.wall_hours"
-        raise Preempted(f"stopped by {name}", where=f"run {run.path}", fix="run the same command again; it goes on where it was")
+    if not all(is_committed(s.folder) for s in group):
+        signals.check(run)
     launch.check(child, code)
 
 
@@ -115,30 +151,32 @@ def execute(pipeline: Pipeline, source: str, options: RunOptions) -> tuple[RunDi
         PosttrainError: with the exit code of whatever went wrong.
     """
     run = run_dir(pipeline, options.runs)
-    started = time.time()
-    deadline = started + pipeline.limits.wall_hours * 3600 if pipeline.limits.wall_hours else None
+    deadline = time.time() + pipeline.limits.wall_hours * 3600 if pipeline.limits.wall_hours else None
+    isolate = options.isolate or pipeline.limits.disk_gb is not None
     with lock(run) as fd, _Signals() as signals:
-        _record(pipeline, source, run)
+        record(pipeline, source, run)
         selection, made = options.selection, set[str]()
         while True:
             plan = make_plan(pipeline, run, replace(selection, force=tuple(n for n in _forced(selection, pipeline) if n not in made)))
             write_json(run.path / "plan.json", [s.folder.name for s in plan])
+            signals.check(run)
             ready = _ready(plan)
             if not ready:
                 return run, plan
-            _check_limits(pipeline, run, started)
-            group = launch.groups(ready, options.isolate)[0]
+            if deadline is not None and time.time() > deadline:
+                raise Preempted(f"limits.wall_hours: {pipeline.limits.wall_hours:g} is over", fix="run the same command again to go on")
+            group = launch.groups(ready, isolate)[0]
+            _check_disk(group, pipeline, run)
             _run_group(group, run, fd, options, signals, deadline)
             made |= {stage.name for stage in group}
-            if signals.seen is not None:
-                raise Preempted("stopped between stages", where=f"run {run.path}", fix="run the same command again to go on")
 
 
 def _forced(selection: Selection, pipeline: Pipeline) -> list[str]:
     return [s.name for s in pipeline.stages] if "all" in selection.force else list(selection.force)
 
 
-def _record(pipeline: Pipeline, source: str, run: RunDir) -> None:
+def record(pipeline: Pipeline, source: str, run: RunDir) -> None:
+    """Writes the pipeline as it was written and as it was understood, without secrets."""
     from posttrain.config.redact import redact
 
     write_text(run.path / "pipeline.yaml", redact(source))
@@ -147,12 +185,10 @@ def _record(pipeline: Pipeline, source: str, run: RunDir) -> None:
 
 def manifests(plan: list[PlannedStage]) -> list[dict[str, Any]]:
     """Manifests of the committed stages of a plan, in order."""
-    from posttrain.core.artifact import open_artifact
-
-    return [open_artifact(s.folder).manifest for s in plan if (s.folder / "manifest.json").is_file()]
+    return [open_artifact(s.folder).manifest for s in plan if is_committed(s.folder)]
 
 
-def finish(run: RunDir, plan: list[PlannedStage], argv: list[str] | None = None) -> None:
+def finish(run: RunDir, plan: list[PlannedStage]) -> None:
     """Writes the report, prints the table, and says where everything is."""
     from posttrain.core.report import write_report
     from posttrain.core.table import run_table
@@ -160,11 +196,11 @@ def finish(run: RunDir, plan: list[PlannedStage], argv: list[str] | None = None)
     found = manifests(plan)
     report = write_report(run)
     print(run_table(found))
-    last = next((s for s in reversed(plan) if (s.folder / "manifest.json").is_file()), None)
+    last = next((s for s in reversed(plan) if is_committed(s.folder)), None)
     if last is not None:
         print(f"\nartifact  {_short(last.folder / 'out')}")
     print(f"report    {_short(report)}")
-    print(f"next      {next_command(plan)}", file=sys.stdout)
+    print(f"next      {next_command(run, plan)}")
 
 
 def _short(path: Path) -> str:
@@ -174,11 +210,10 @@ def _short(path: Path) -> str:
         return str(path)
 
 
-def next_command(plan: list[PlannedStage]) -> str:
+def next_command(run: RunDir, plan: list[PlannedStage]) -> str:
     """What a person would do next with the newest model."""
-    from posttrain.core.registry import MODEL_KINDS
-
-    model = next((s for s in reversed(plan) if s.method.output in MODEL_KINDS and (s.folder / "manifest.json").is_file()), None)
+    model = next((s for s in reversed(plan) if s.method.output in MODEL_KINDS and is_committed(s.folder)), None)
     if model is None:
-        return "posttrain report " + (_short(plan[0].folder.parent.parent) if plan else "")
-    return f"posttrain generate model={_short(model.folder / 'out')} prompt='...'"
+        return f"posttrain show {shlex.quote(_short(run.path))}"
+    folder = _short(model.folder / "out")
+    return f"posttrain generate {shlex.quote(f'model={folder}')} prompt='...'"

@@ -1,6 +1,6 @@
 """The run folder, its lock, and the commit protocol.
 
-    runs/<name>/pipeline.yaml  pipeline.resolved.json  lock  report.html
+    runs/<name>/pipeline.yaml  pipeline.resolved.json  lock  plan.json  report.html
     runs/<name>/stages/03-rl-9f31c2d4a7/{config.json, env.json, attempts/N/, work/, out/, manifest.json}
 
 Commit: files are written into `out.tmp`, flushed, the folder renamed to `out`, then the manifest written the same way.
@@ -24,18 +24,26 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core import process
-from posttrain.core.artifact import MANIFEST, OUT
+from posttrain.core.artifact import MANIFEST, OUT, InputRef
 from posttrain.core.durable import disk_errors, fsync_dir, fsync_tree, write_json
-from posttrain.core.hashing import files_digest, list_files
+from posttrain.core.hashing import digest_of, files_digest, list_files
 from posttrain.errors import ArtifactError
 
 RUNS_ENV = "POSTTRAIN_RUNS"
+LOCK = "lock"
+INPUTS = "inputs.json"
 
 
 def slug(name: str) -> str:
-    """Folder name of a run: lower-case ASCII letters, digits, `-`, `_`, `.`."""
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9_.-]+", "-", plain).strip("-.") or "run"
+    """Folder name of a run: lower-case ASCII letters, digits, `-`, `_`, `.`.
+
+    Accents are dropped. A name with letters of another script gets a hash, so that two such names never share a folder.
+    """
+    parts = unicodedata.normalize("NFKD", name)
+    plain = parts.encode("ascii", "ignore").decode().lower()
+    short = re.sub(r"[^a-z0-9_.-]+", "-", plain).strip("-.") or "run"
+    lossy = short == "run" != name.lower() or any(c.isalnum() and not c.isascii() for c in parts)
+    return f"{short[:80]}-{digest_of(name)[:8]}" if lossy else short
 
 
 def runs_root(given: str | None = None) -> Path:
@@ -84,6 +92,41 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def made_from(folder: Path) -> list[dict[str, Any]]:
+    """What a stage's result, or else the work of its unfinished attempt, was made from: {port, name, split, digest} each."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest:
+        return [*manifest.get("inputs", []), *manifest.get("heldout", [])]
+    return read_json(folder / "work" / INPUTS) or []
+
+
+def changed_input(folder: Path, refs: list[InputRef]) -> str | None:
+    """Name of a present input whose content is not what the stage, or its unfinished work, was made from."""
+    recorded = {(i["port"], i["name"], i["split"]): i["digest"] for i in made_from(folder)}
+    for ref in refs:
+        if ref.digest and recorded.get((ref.port, ref.name, ref.split), ref.digest) != ref.digest:
+            return ref.name
+    return None
+
+
+def settle_work(folder: Path, refs: list[InputRef]) -> str | None:
+    """Makes the work folder fit its inputs: what was begun with other content is deleted; returns the changed input's name."""
+    work, changed = folder / "work", changed_input(folder, refs)
+    if changed:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(work / INPUTS, [{"port": r.port, "name": r.name, "split": r.split, "digest": r.digest} for r in refs])
+    return changed
+
+
+def retire(folder: Path) -> None:
+    """Forgets a committed result and its work. The work goes first: a kill in between leaves a result that is retired again."""
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for name in (OUT, "out.tmp"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
 def prepare_out(folder: Path) -> Path:
     """An empty `out.tmp`; leftovers of a killed attempt are removed."""
     for name in ("out.tmp", OUT):
@@ -114,11 +157,11 @@ def record_processes(run: RunDir, pids: list[int]) -> None:
 
 
 def _end_orphans(run: RunDir, holder: dict[str, Any]) -> bool:
-    """Ends recorded children whose parent is gone; False if the parent still lives."""
-    if holder.get("host") != socket.gethostname() or process.alive(int(holder.get("pid", 0) or 0), holder.get("start")):
+    """Ends the children of a run whose parent is gone; False if the parent still lives, or is on another machine."""
+    if holder.get("host") != socket.gethostname() or process.alive(int(holder.get("pid") or 0), holder.get("start")):
         return False
-    recorded = read_json(run.path / ".processes.json") or []
-    process.end([(int(item["pid"]), item.get("start")) for item in recorded])
+    recorded = [(int(item["pid"]), item.get("start")) for item in read_json(run.path / ".processes.json") or []]
+    process.end(recorded + [(pid, process.start_time(pid)) for pid in process.lock_holders(run.path / LOCK)])
     return True
 
 
@@ -129,28 +172,31 @@ def lock(run: RunDir) -> Iterator[int]:
     Raises:
         ArtifactError: another live process holds the run; names its pid and host.
     """
-    with disk_errors(run.path):
+    with disk_errors(run.path / LOCK):
         run.path.mkdir(parents=True, exist_ok=True)
-        fd = os.open(run.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        fd = os.open(run.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _take(run, fd)
         mine = {"pid": os.getpid(), "start": process.start_time(os.getpid()), "host": socket.gethostname(), "since": time.time()}
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, (json.dumps(mine) + "\n").encode(), 0)
+        with disk_errors(run.path / LOCK):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, (json.dumps(mine) + "\n").encode(), 0)
         os.set_inheritable(fd, True)
         yield fd
     finally:
         os.close(fd)
 
 
-def _take(run: RunDir, fd: int, patience_s: float = 5.0) -> None:
-    deadline = time.monotonic() + patience_s
+def _take(run: RunDir, fd: int, patience_s: float = 5.0, blank_s: float = 0.5) -> None:
+    """Takes the flock. A holder that has not yet written its name gets `blank_s`, dying orphans get `patience_s`."""
+    start = time.monotonic()
     while True:
         try:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = read_json(run.path / "lock") or {}
-            if not _end_orphans(run, holder) or time.monotonic() > deadline:
+            holder, waited = read_json(run.path / LOCK) or {}, time.monotonic() - start
+            dying = bool(holder) and _end_orphans(run, holder)
+            if waited > (patience_s if dying else 0.0 if holder else blank_s):
                 raise ArtifactError(
                     f"this run is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}",
                     where=str(run.path),

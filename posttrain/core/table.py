@@ -55,7 +55,17 @@ def stage_rows(manifests: list[dict[str, Any]]) -> tuple[Row, list[Row]]:
         s = m.get("summary", {})
         moved = f"{number(s['rows_in'])} -> {number(s['rows_out'])}" if "rows_in" in s and "rows_out" in s else number(s.get("rows_out"))
         bytes_out = sum(f["size"] for f in m["files"])
-        rows.append([m["name"], m["method"], moved, number(s.get("tokens")), number(m["seconds"], 1), number(s.get("tokens_per_s"), 0), size(bytes_out)])
+        rows.append(
+            [
+                m["name"],
+                m["method"],
+                moved,
+                number(s.get("tokens")),
+                number(m["seconds"], 1),
+                number(s.get("tokens_per_s"), 0),
+                size(bytes_out),
+            ]
+        )
     return ["stage", "method", "rows", "tokens", "seconds", "tokens/s", "on disk"], rows
 
 
@@ -65,7 +75,9 @@ def fact_rows(manifests: list[dict[str, Any]]) -> tuple[Row, list[Row]]:
     for m in manifests:
         s = m.get("summary", {})
         if "kl_reduction" in s:
-            rows.append([m["name"], "KL reduction towards the target (nats)", "", number(s["kl_reduction"])])
+            rows.append([m["name"], "KL from the target, raw -> picked (nats)", number(s["kl_raw"]), number(s["kl_picked"])])
+            rows.append([m["name"], "the same, random pick of equal size -> picked", number(s["kl_random"]), number(s["kl_picked"])])
+            rows.append([m["name"], "KL reduction at equal size", "", number(s["kl_reduction_at_size"])])
         if "size_bytes_before" in s:
             rows.append([m["name"], "weights on disk", size(s["size_bytes_before"]), size(s.get("size_bytes"))])
     return ["stage", "figure", "before", "after"], rows

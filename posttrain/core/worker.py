@@ -10,13 +10,18 @@ freed by itself, so the result is the same as from separate processes.
 from __future__ import annotations
 
 import gc
-import importlib
+import importlib.util
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +31,8 @@ from posttrain.core.context import StageContext, World
 from posttrain.core.durable import disk_errors, write_json
 from posttrain.core.environment import code_version, package_versions
 from posttrain.core.events import Events
-from posttrain.core.rundir import commit, is_committed, prepare_out, read_json
-from posttrain.errors import ArtifactError, ConfigError, PosttrainError, format_error
+from posttrain.core.rundir import commit, prepare_out, read_json, settle_work
+from posttrain.errors import EXIT_PREEMPTED, ArtifactError, ConfigError, PosttrainError, format_error
 
 
 def world() -> World:
@@ -49,9 +54,10 @@ def check_world(expected: int, found: World) -> None:
     )
 
 
-def _ref(item: dict[str, Any], *, at_start: bool = True) -> InputRef:
+def _ref(item: dict[str, Any]) -> InputRef:
+    """A reference with what is now on disk: digest, kind and row type of the producer's artifact."""
     ref = InputRef(**item)
-    if ref.origin != "stage" or not at_start:
+    if ref.origin != "stage":
         return ref
     artifact = open_artifact(Path(ref.path))
     rows = artifact.manifest.get("meta", {}).get("row_type") or ref.rows
@@ -67,18 +73,42 @@ def _redirect(log: Path) -> None:
     os.close(fd)
 
 
+class _SeedOnImport(MetaPathFinder):
+    """Seeds torch when it is first imported, so that a stage that needs no torch does not wait for it."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+        """torch's own spec, with a loader that seeds after the import; None for all other modules."""
+        if fullname != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("torch")
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_seed(module: Any) -> None:
+                load(module)
+                module.manual_seed(self.seed)
+
+            spec.loader.exec_module = load_and_seed  # type: ignore[method-assign]
+        return spec
+
+
 def seed_all(seed: int) -> None:
-    """Seeds python, numpy and torch."""
+    """Seeds python, numpy and torch; torch when it is imported, if it is not yet."""
     import random
 
     import numpy
 
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
-    if "torch" in sys.modules or importlib.util.find_spec("torch"):
-        import torch
-
-        torch.manual_seed(seed)
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _SeedOnImport)]
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+    else:
+        sys.meta_path.insert(0, _SeedOnImport(seed))
 
 
 def free_all() -> None:
@@ -111,29 +141,42 @@ def _context(folder: Path, spec: dict[str, Any], rank: World, events: Events) ->
     if evaluation:
         evaluation["sets"] = {n: {**s, "ref": _ref(s["ref"])} for n, s in evaluation["sets"].items()}
     out = prepare_out(folder) if rank.main else folder / "out.tmp"
-    work = folder / "work"
-    work.mkdir(parents=True, exist_ok=True)
+    if rank.size == 1:
+        changed = settle_work(folder, [r for refs in inputs.values() for r in refs] + heldout)
+        if changed:
+            events.warn(f"input `{changed}` was made again and differs; what was begun with the old one is deleted")
     return StageContext(
-        name=spec["name"], method=spec["method"], seed=spec["seed"], inputs=inputs, out=out, work=work, events=events,
+        name=spec["name"], method=spec["method"], seed=spec["seed"], inputs=inputs, out=out, work=folder / "work", events=events,
         world=rank, eval=evaluation, heldout=heldout, trust_remote_code=spec["trust_remote_code"],
     )  # fmt: skip
 
 
+def _origin(ref: InputRef) -> dict[str, Any]:
+    return {"port": ref.port, "name": ref.name, "split": ref.split, "key": ref.key, "digest": ref.digest, "origin": ref.origin}
+
+
 def _manifest(spec: dict[str, Any], method: registry.Method, cfg: Any, ctx: StageContext, started: float) -> dict[str, Any]:
-    inputs = [
-        {"port": port, "name": r.name, "split": r.split, "key": r.key, "digest": r.digest, "origin": r.origin}
-        for port, refs in ctx.inputs.items() for r in refs
-    ]  # fmt: skip
+    inputs = [_origin(r) for refs in ctx.inputs.values() for r in refs]
     meta = dict(ctx.meta)
     if method.rows and "row_type" not in meta:
-        meta["row_type"] = method.rows if isinstance(method.rows, str) else method.rows(cfg, {p: r[0].rows for p, r in ctx.inputs.items() if r})
+        meta["row_type"] = (
+            method.rows if isinstance(method.rows, str) else method.rows(cfg, {p: r[0].rows for p, r in ctx.inputs.items() if r})
+        )
     return {
         "schema": SCHEMA, "kind": meta.pop("kind", method.output), "key": spec["key"], "name": spec["name"],
-        "method": method.name, "method_version": method.version, "inputs": inputs, "seed": spec["seed"],
+        "method": method.name, "method_version": method.version, "inputs": inputs, "heldout": [_origin(r) for r in ctx.heldout], "seed": spec["seed"],
         "code": code_version(), "packages": package_versions(), "attempts": spec["attempt"],
         "started": round(started, 3), "ended": round(time.time(), 3), "seconds": round(time.time() - started, 3),
         "summary": ctx.summary, "meta": meta,
     }  # fmt: skip
+
+
+def _track(events: Events, spec: dict[str, Any], folder: Path) -> None:
+    wanted = [tracker for tracker in spec["tracking"].get("to", []) if tracker != "jsonl"]
+    if wanted:
+        from posttrain.core.trackers import attach
+
+        attach(events, wanted, spec["tracking"].get("project"), spec["tracking"]["name"], folder / "tracking")
 
 
 def run_stage(folder: Path) -> None:
@@ -142,58 +185,95 @@ def run_stage(folder: Path) -> None:
     Raises:
         PosttrainError: whatever the stage raises, unchanged.
     """
-    spec = read_json(folder / "config.json")
-    if spec is None:
-        raise ArtifactError("no readable config.json", where=str(folder), fix="start the stage with `posttrain run` or `posttrain train`")
+    spec = _spec(folder)
     rank = world()
     check_world(spec["processes"], rank)
     registry.use_plugins(spec["plugins"])
     method = registry.method(spec["method"])
     cfg = method.config.model_validate(spec["config"])
-    attempt = folder / "attempts" / str(spec["attempt"])
-    events = Events(attempt / "events.jsonl", spec["name"], main=rank.main)
+    events = Events(folder / "attempts" / str(spec["attempt"]) / "events.jsonl", spec["name"], main=rank.main)
     started = time.time()
     try:
-        events.log(f"{spec['name']} started", method=method.name, attempt=spec["attempt"], state="start")
-        ctx = _context(folder, spec, rank, events)
-        seed_all(ctx.seed)
         with disk_errors(folder):
+            _track(events, spec, folder)
+            events.log(f"{spec['name']} started", method=method.name, attempt=spec["attempt"], state="start")
+            ctx = _context(folder, spec, rank, events)
+            seed_all(ctx.seed)
             method.run(cfg, ctx)
-        _barrier()
-        if rank.main:
-            events.emit("commit", state="begin")
-            manifest = commit(folder, _manifest(spec, method, cfg, ctx, started))
-            events.emit("commit", state="end", digest=manifest["digest"], seconds=manifest["seconds"], summary=ctx.summary)
-        _barrier()
+            _barrier()
+            if rank.main:
+                events.emit("commit", state="begin")
+                manifest = commit(folder, _manifest(spec, method, cfg, ctx, started))
+                events.emit("commit", state="end", digest=manifest["digest"], seconds=manifest["seconds"], summary=ctx.summary)
+            _barrier()
     finally:
         events.close()
-        shutil.rmtree(folder / "out.tmp", ignore_errors=True) if rank.main and is_committed(folder) else None
 
 
-def _exit_file(folder: Path, code: int, error: str) -> None:
-    spec = read_json(folder / "config.json") or {"attempt": 0}
-    path = folder / "attempts" / str(spec["attempt"]) / f"exit-{world().rank}.json"
-    write_json(path, {"code": code, "error": error})
+def _spec(folder: Path) -> dict[str, Any]:
+    spec: dict[str, Any] | None = read_json(folder / "config.json")
+    if spec is None:
+        raise ArtifactError("no readable config.json", where=str(folder), fix="start the stage with `posttrain run` or `posttrain train`")
+    return spec
+
+
+def _failure(error: BaseException) -> tuple[int, str]:
+    """(exit code, text) of what ended a stage; prints the traceback of what nobody expected."""
+    if isinstance(error, PosttrainError):
+        print(format_error(error), file=sys.stderr)
+        return error.exit_code, str(error)
+    if isinstance(error, _Stopped | KeyboardInterrupt):
+        return EXIT_PREEMPTED, f"stopped by {error or 'SIGINT'}"
+    traceback.print_exception(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return 1, _out_of_memory("the GPU's memory")
+    if isinstance(error, MemoryError):
+        return 1, _out_of_memory("the machine's memory")
+    text = " ".join(str(error).split())
+    return 1, f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__
 
 
 def guarded(folder: Path) -> int:
-    """`run_stage` with its end written to the exit file; returns the exit code."""
+    """`run_stage` with its end written to the rank's exit file; returns the exit code.
+
+    What a failed attempt left in `out.tmp` is deleted first, so that a full disk has room for the exit file.
+    """
     from posttrain.config.redact import redact
 
+    rank = world()
+    code, text = 0, ""
     try:
-        run_stage(folder)
-        code, text = 0, ""
-    except PosttrainError as error:
-        code, text = error.exit_code, redact(str(error))
+        with _stoppable():
+            run_stage(folder)
+    except BaseException as error:
+        code, text = _failure(error)
+        if rank.main:
+            shutil.rmtree(folder / "out.tmp", ignore_errors=True)
+    attempt = (read_json(folder / "config.json") or {}).get("attempt", 0)
+    try:
+        write_json(folder / "attempts" / str(attempt) / f"exit-{rank.rank}.json", {"code": code, "error": redact(text)})
+    except ArtifactError as error:
         print(format_error(error), file=sys.stderr)
-    except MemoryError:
-        code, text = 1, _out_of_memory("the machine's memory")
-    except Exception as error:
-        traceback.print_exc()
-        oom = type(error).__name__ == "OutOfMemoryError"
-        code, text = 1, _out_of_memory("the GPU's memory") if oom else redact(f"{type(error).__name__}: {error}")
-    _exit_file(folder, code, text)
     return code
+
+
+class _Stopped(BaseException):
+    """SIGTERM came while no trainer was there to save first; no `except Exception` may swallow it."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Makes the first SIGTERM unwind the stage, so that pools are closed and the exit file is written; a second kills."""
+
+    def stop(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise _Stopped(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _out_of_memory(what: str) -> str:
@@ -205,9 +285,8 @@ def main(argv: list[str]) -> int:
     process.die_with_parent()
     for name in argv:
         folder = Path(name)
-        if world().main and world().size == 1:
-            spec = read_json(folder / "config.json") or {"attempt": 0}
-            _redirect(folder / "attempts" / str(spec["attempt"]) / "stdout.log")
+        if world().size == 1:
+            _redirect(folder / "attempts" / str(_spec(folder)["attempt"]) / "stdout.log")
         code = guarded(folder)
         free_all()
         if code:

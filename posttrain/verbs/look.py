@@ -77,7 +77,9 @@ def _describe(folder: Path) -> str:
         return f"{folder.name}: not committed; log {folder}/attempts"
     lines = [f"{folder.name}", f"  {manifest['kind']} by {manifest['method']} v{manifest['method_version']}, seed {manifest['seed']}, "
              f"{clock(manifest['seconds'])}, attempt {manifest['attempts']}", f"  digest {manifest['digest']}"]  # fmt: skip
-    lines += [f"  in.{i['port']}: {i['name']}{'' if i['split'] == 'train' else ':' + i['split']}  {i['digest'][:16]}" for i in manifest["inputs"]]
+    lines += [
+        f"  in.{i['port']}: {i['name']}{'' if i['split'] == 'train' else ':' + i['split']}  {i['digest'][:16]}" for i in manifest["inputs"]
+    ]
     lines += [f"  {size(f['size']):>12}  {folder / OUT / f['path']}" for f in manifest["files"]]
     return "\n".join([*lines, "  " + dumps(manifest["summary"])[:2000]])
 

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(s) for s in text.split(",")]
+        return list(dict.fromkeys(int(s) for s in text.split(",")))
     except ValueError:
         raise ConfigError(f"expected whole numbers, got `{text}`", where="--seeds", fix="e.g. --seeds 0,1,2") from None
 

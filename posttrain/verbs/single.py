@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.load import load_yaml, parse_value
-from posttrain.config.pipeline import Pipeline, load_pipeline, parse_pipeline
+from posttrain.config.pipeline import Pipeline, load_pipeline, override_tree
 from posttrain.core import registry
 from posttrain.core.events import dumps
 from posttrain.core.hashing import digest_of
@@ -32,7 +32,7 @@ def _split(overrides: list[str]) -> dict[str, str]:
     for text in overrides:
         key, mark, value = text.partition("=")
         if not mark or not key:
-            raise ConfigError(f"expected KEY=VALUE, got `{text}`", where="command line", fix="e.g. bits=4")
+            raise ConfigError(f"expected KEY=VALUE, got `{text[:80]}`", where="command line", fix="e.g. bits=4")
         pairs[key.removeprefix("in.") if key.startswith("in.") and key[3:] in PORTS else key] = value
     return pairs
 
@@ -56,7 +56,13 @@ def sniff(path: str, accepted: tuple[str, ...]) -> str:
     if row is None:
         raise DataError("no row can be read", where=path, fix="give a file with at least one row")
     columns = set(row)
-    tests = {"preference": {"chosen", "rejected"}, "messages": {"messages"}, "verifiable": {"prompt", "answer"}, "prompt": {"prompt"}, "text": {"text"}}
+    tests = {
+        "preference": {"chosen", "rejected"},
+        "messages": {"messages"},
+        "verifiable": {"prompt", "answer"},
+        "prompt": {"prompt"},
+        "text": {"text"},
+    }
     kind = next((k for k, need in tests.items() if need <= columns and (not accepted or k in accepted)), None)
     if kind is None:
         raise DataError(f"the first row has columns {', '.join(sorted(columns))}; expected rows of type {' or '.join(accepted)}", where=path,
@@ -64,88 +70,121 @@ def sniff(path: str, accepted: tuple[str, ...]) -> str:
     return kind
 
 
-def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for part in parents:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"`{part}` is not a block", where=dotted, fix="check the dotted path with `posttrain schema`")
-    tree[last] = value
-
-
 def _prompt_file(prompt: str, runs: Path) -> str:
+    from posttrain.core.durable import write_text
+
     path = runs / "prompts" / f"{digest_of(prompt)[:16]}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dumps({"id": "prompt", "prompt": prompt}) + "\n", encoding="utf-8")
+    if not path.is_file():
+        write_text(path, dumps({"id": "prompt", "prompt": prompt}) + "\n")
     return str(path)
 
 
-def _fill_ports(tree: dict[str, Any], stage: dict[str, Any], pairs: dict[str, str], method: registry.Method) -> None:
-    known = set(tree.get("sources", {}))
-    for port in PORTS:
-        if port not in pairs:
-            continue
-        value = parse_value(pairs.pop(port))
-        if port == "model":
-            model = {} if isinstance(tree.get("model"), str) else dict(tree.get("model") or {})
-            tree["model"] = {**model, "id": _absolute_model(str(value))}
-            continue
-        paths = value if isinstance(value, list) else [value]
-        names = []
-        for i, item in enumerate(map(str, paths)):
-            if item.split(":")[0] in known:
-                names.append(item)
-                continue
-            name = port if len(paths) == 1 else f"{port}-{i + 1}"
-            where = os.path.abspath(os.path.expanduser(item))
-            accepted = method.inputs[port].rows if port in method.inputs else ()
-            tree.setdefault("sources", {})[name] = {"kind": sniff(where, accepted), "path": where}
-            names.append(name)
-        stage.setdefault("in", {})[port] = names if len(names) > 1 else names[0]
+def _source(item: str, accepted: tuple[str, ...]) -> dict[str, Any]:
+    where = os.path.abspath(os.path.expanduser(item))
+    return {"kind": sniff(where, accepted), "path": where}
 
 
 def _absolute_model(value: str) -> str:
-    if value.startswith("package:") or value.startswith("~") or value.startswith("${"):
+    if value.startswith(("package:", "~", "${")):
         return value
     return os.path.abspath(value) if value.startswith((".", "/")) or os.path.exists(value) else value
 
 
-def build(method_name: str, overrides: list[str], runs: str | None, tree: dict[str, Any] | None = None) -> tuple[Pipeline, str | None]:
+def _ports(pairs: dict[str, str], stage: str, known: set[str], method: registry.Method) -> list[str]:
+    """Overrides that fill the ports named in `pairs`, which are taken out of it."""
+    found = []
+    for port in [p for p in PORTS if p in pairs]:
+        value = parse_value(pairs.pop(port))
+        if port == "model":
+            found.append(f"model.id={dumps(_absolute_model(str(value)))}")
+            continue
+        items, names = list(map(str, value if isinstance(value, list) else [value])), []
+        for i, item in enumerate(items):
+            if item.split(":")[0] in known:
+                names.append(item)
+                continue
+            name = port if len(items) == 1 else f"{port}-{i + 1}"
+            accepted = method.inputs[port].rows if port in method.inputs else ()
+            found.append(f"sources.{name}={dumps(_source(item, accepted))}")
+            names.append(name)
+        found.append(f"stages.{stage}.in.{port}={dumps(names if len(names) > 1 else names[0])}")
+    return found
+
+
+def _dotted(key: str, stage: str, method: registry.Method) -> str:
+    """The full path of a key of the command line, on which a stage's fields stand without `stages.NAME`."""
+    fields, head = method.config.model_fields, key.split(".")[0]
+    if head == "stages" or (head in TOP and not (head == "eval" and "eval" in fields and key != "eval")):
+        return key
+    if key in BUDGET and "budget" in fields and key not in fields:
+        return f"stages.{stage}.budget.{key}"
+    return f"stages.{stage}.{key}"
+
+
+def to_overrides(tree: dict[str, Any], pairs: dict[str, str], method: registry.Method) -> list[str]:
+    """Dotted overrides of a one-stage tree out of the command line's short forms."""
+    stage = str(tree["stages"][0].get("name"))
+    model = ["model={}"] if "model" in pairs and not isinstance(tree.get("model"), dict) else []
+    ports = _ports(pairs, stage, set(tree.get("sources") or {}), method)
+    return model + ports + [f"{_dotted(key, stage, method)}={text}" for key, text in pairs.items()]
+
+
+def build(method_name: str, overrides: list[str], runs: str | None) -> tuple[Pipeline, str | None]:
     """A pipeline of one stage out of `KEY=VALUE` pairs; returns it and `out=`."""
-    method = registry.method(method_name)
-    pairs = _split(overrides)
+    method, pairs = registry.method(method_name), _split(overrides)
     out, prompt = (pairs.pop(key, None) for key in CONTROL)
-    slug = method_name.replace(".", "-")
-    tree = tree or {"version": 1, "name": slug, "seed": 0, "stages": [{"name": slug.split("-")[0], "method": method_name, "in": {}}]}
-    stage = tree["stages"][0]
     if prompt is not None:
-        pairs["data"] = _prompt_file(prompt, runs_root(runs))
-    _fill_ports(tree, stage, pairs, method)
-    for key, text in pairs.items():
-        head = key.split(".")[0]
-        if head in TOP and not (head == "eval" and "eval" in method.config.model_fields and key != "eval"):
-            _set(tree, key, parse_value(text))
-        elif key in BUDGET and "budget" in method.config.model_fields and key not in method.config.model_fields:
-            _set(stage, f"budget.{key}", parse_value(text))
-        else:
-            _set(stage, key, parse_value(text))
-    return parse_pipeline(tree, Path.cwd()), out
+        pairs["data"] = dumps(_prompt_file(prompt, runs_root(runs)))
+    name = method_name.replace(".", "-")
+    tree: dict[str, Any] = {
+        "version": 1,
+        "name": name,
+        "seed": 0,
+        "stages": [{"name": name.split("-")[0], "method": method_name, "in": {}}],
+    }
+    return override_tree(tree, to_overrides(tree, pairs, method)), out
+
+
+def _same(target: Path, folder: Path) -> bool:
+    """True if `target` already holds the committed artifact of a stage folder."""
+    from posttrain.core.artifact import open_artifact
+    from posttrain.core.hashing import files_digest, list_files
+
+    return files_digest(list_files(target)) == open_artifact(folder).digest
+
+
+def _put(folder: Path, target: Path) -> None:
+    """A copy of a stage's output, complete or absent."""
+    from posttrain.core.durable import disk_errors
+
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    with disk_errors(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(folder / "out", temporary)
+            os.replace(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _run(pipeline: Pipeline, out: str | None, args: argparse.Namespace) -> int:
-    from posttrain.core.durable import disk_errors
-    from posttrain.core.plan import Selection
-    from posttrain.core.run import RunOptions, execute, finish
+    from posttrain.core.plan import Selection, make_plan
+    from posttrain.core.run import RunOptions, execute, finish, run_dir
+    from posttrain.core.rundir import is_committed
 
     options = RunOptions(args.runs, Selection(force=tuple(args.force)), args.isolate, args.trust_remote_code, args.quiet)
-    target = Path(out).absolute() if out else None
-    if target is not None and target.exists() and any(target.iterdir()):
-        raise ConfigError("the folder is not empty", where=f"out={out}", fix="name a new folder, or empty this one")
+    target = Path(os.path.abspath(os.path.expanduser(out))) if out else None
+    there = False
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        last = make_plan(pipeline, run_dir(pipeline, args.runs), options.selection)[-1]
+        there = target.is_dir() and last.action == "reuse" and is_committed(last.folder) and _same(target, last.folder)
+        if not there:
+            raise ConfigError("there is something else at that place", where=f"out={out}", fix="name a new folder, or empty this one")
     run, plan = execute(pipeline, dumps(pipeline.dump(), indent=1), options)
     finish(run, plan)
     if target is not None:
-        with disk_errors(target):
-            shutil.copytree(plan[-1].folder / "out", target, dirs_exist_ok=True)
+        if not there:
+            _put(plan[-1].folder, target)
         print(f"copied to {out}")
     return 0
 
@@ -168,7 +207,7 @@ def generate(args: argparse.Namespace) -> int:
     return _run(pipeline, out, args)
 
 
-def eval(args: argparse.Namespace) -> int:  # noqa: A001
+def eval(args: argparse.Namespace) -> int:
     """`posttrain eval model=... data=...`."""
     pipeline, out = build("eval", args.overrides, args.runs)
     return _run(pipeline, out, args)
@@ -181,38 +220,35 @@ def export(args: argparse.Namespace) -> int:
 
 
 def _one_stage(args: argparse.Namespace) -> tuple[Pipeline, str | None]:
-    document = load_yaml(Path(args.file))
-    stages = document.tree.get("stages")
-    if not isinstance(stages, list) or len(stages) != 1:
+    """The pipeline of a file with one stage, and `out=`; under a launcher `launch.with` is what is there."""
+    tree = load_yaml(Path(args.file)).tree
+    stages = tree.get("stages")
+    if not isinstance(stages, list) or len(stages) != 1 or not isinstance(stages[0], dict):
         count = len(stages) if isinstance(stages, list) else "no"
-        raise ConfigError(f"expected a file with one stage, found {count}", where=f"{args.file}: stages", fix="use `posttrain run FILE --only STAGE`")
-    if not args.overrides:
-        return load_pipeline(Path(args.file)), None
-    tree = _absolute_paths(document.tree, Path(args.file).absolute().parent)
-    return build(str(stages[0].get("method")), args.overrides, args.runs, tree)
+        raise ConfigError(
+            f"expected a file with one stage, found {count}", where=f"{args.file}: stages", fix="use `posttrain run FILE --only STAGE`"
+        )
+    pairs = _split(args.overrides)
+    out = pairs.pop("out", None)
+    if under_launcher():
+        pairs.setdefault("launch.with", "torchrun" if "RANK" in os.environ else "accelerate")
+    name = stages[0].get("method")
+    method = registry.method(name) if isinstance(name, str) else None
+    return load_pipeline(Path(args.file), to_overrides(tree, pairs, method) if method else ()), out
 
 
-def _absolute_paths(tree: dict[str, Any], base: Path) -> dict[str, Any]:
-    """The tree with its own relative paths resolved against the file, so that the command line's may be relative to here."""
-    from posttrain.config.paths import expand_model_id, expand_path
-
-    model = tree.get("model")
-    if isinstance(model, dict) and isinstance(model.get("id"), str):
-        model["id"] = expand_model_id(model["id"], base)
-    for source in (tree.get("sources") or {}).values():
-        if isinstance(source, dict) and isinstance(source.get("path"), str):
-            source["path"] = expand_path(source["path"], base)
-    launch = tree["stages"][0].get("launch")
-    if isinstance(launch, dict) and isinstance(launch.get("config"), str):
-        launch["config"] = expand_path(launch["config"], base)
-    return tree
+def under_launcher() -> bool:
+    """True in a process started by torchrun (or another setter of RANK and WORLD_SIZE) or by accelerate launch."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys() or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def train(args: argparse.Namespace) -> int:
     """`posttrain train FILE [in.data=... model.id=...]`; under torchrun or accelerate launch every rank runs this."""
     pipeline, out = _one_stage(args)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if under_launcher():
         from posttrain.core.byhand import run_under_launcher
 
+        if out is not None:
+            raise ConfigError("`out=` is not available under a launcher", where="out", fix="the artifact's folder is printed at the end")
         return run_under_launcher(pipeline, args)
     return _run(pipeline, out, args)
