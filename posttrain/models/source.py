@@ -185,7 +185,7 @@ def base_record(base: Source, digest: str, out: Path) -> dict[str, Any]:
         return {"digest": digest, "id": base.id, "revision": base.revision}
     if base.id.startswith(PACKAGE):
         return {"digest": digest, "id": base.id}
-    return {"digest": digest, "path": os.path.relpath(str(base.path), str(out.resolve()))}
+    return {"digest": digest, "path": os.path.relpath(base.path.resolve(), out.resolve())}
 
 
 def read_json(file: Path) -> dict[str, Any]:
