@@ -34,10 +34,10 @@ def model_digest(spec: InputRef | Mapping[str, Any] | str | Path | Source | Any)
     if source.form == "hub":
         return f"hub:{source.id}@{source.revision or 'main'}"
     if source.form == "gguf":
-        return _remembered(source.path)
-    pairs = [(file.name, _remembered(file)) for file in model_files(source.path)]
-    if source.form == "adapter" and not (source.path / BASE_FILE).is_file():
-        pairs.append(("base", model_digest(read_base(source.path)[0])))
+        return _remembered(source.local)
+    pairs = [(file.name, _remembered(file)) for file in model_files(source.local)]
+    if source.form == "adapter" and not (source.local / BASE_FILE).is_file():
+        pairs.append(("base", model_digest(read_base(source.local)[0])))
     return digest_of(sorted(pairs))
 
 

@@ -71,7 +71,7 @@ def _read(source: Source) -> tuple[Any, Any]:
 
     if importlib.util.find_spec("gguf") is None:
         raise ArtifactError("reading a GGUF file needs the package `gguf`", where=source.where, fix="pip install gguf")
-    folder, name = str(source.path.parent), source.path.name
+    folder, name = str(source.local.parent), source.local.name
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
     model, report = pretrained(source, folder, torch.float32, {"attn": "auto", "trust": False}, gguf_file=name)

@@ -89,8 +89,8 @@ def _load(source: Source, dtype: Any, merge: bool, options: dict[str, Any]) -> t
         base = _checked_base(source)
         model, _, _ = _load(fetch(base, options["trust"]), torch.float32 if merge else dtype, True, options)
         return (_merged(model, source, dtype) if merge else _attached(model, source)), base, "adapter"
-    check_folder(source.path)
-    quantized = read_json(source.path / "config.json").get("quantization_config")
+    check_folder(source.local)
+    quantized = read_json(source.local / "config.json").get("quantization_config")
     model = _from_folder(source, dtype, options, quantized)
     return model, None, "quantized" if quantized else "model"
 
@@ -98,17 +98,17 @@ def _load(source: Source, dtype: Any, merge: bool, options: dict[str, Any]) -> t
 def _merged(model: Any, source: Source, dtype: Any) -> Any:
     from posttrain.models.merge import cast_weights, merge_adapter
 
-    return cast_weights(merge_adapter(model, source.path), dtype)
+    return cast_weights(merge_adapter(model, source.local), dtype)
 
 
 def _attached(model: Any, source: Source) -> Any:
     from posttrain.models.merge import attach_adapter
 
-    return attach_adapter(model, source.path, trainable=True)
+    return attach_adapter(model, source.local, trainable=True)
 
 
 def _checked_base(adapter: Source) -> Source:
-    base, recorded = read_base(adapter.path)
+    base, recorded = read_base(adapter.local)
     found = model_digest(base)
     if recorded and recorded != found:
         raise ArtifactError(
@@ -161,8 +161,8 @@ def checkpoint_dtype(source: Source) -> str:
     """The type a checkpoint was saved in (`float32` where it does not say); an adapter answers for its base."""
     source = fetch(source)
     if source.form == "adapter":
-        return checkpoint_dtype(read_base(source.path)[0])
-    config = read_json(source.path / "config.json")
+        return checkpoint_dtype(read_base(source.local)[0])
+    config = read_json(source.local / "config.json")
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
@@ -173,7 +173,7 @@ def load_tokenizer(ref: InputRef | Mapping[str, Any] | str | Path | Source | Any
         ArtifactError: there is none, or it cannot be read.
     """
     source = fetch(resolve_model(ref), trust_remote_code)
-    folder = source.path
+    folder = source.local
     if source.form == "adapter" and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return load_tokenizer(read_base(folder)[0], trust_remote_code=trust_remote_code)
     try:
@@ -203,7 +203,7 @@ def _tokenizer_class(folder: Path) -> Any:
 
 def _from_folder(source: Source, dtype: Any, options: dict[str, Any], quantized: Mapping[str, Any] | None) -> Any:
     extra = {"quantization_config": _dequantizing(quantized, source)} if quantized else {}
-    model, report = pretrained(source, str(source.path), dtype, options, **extra)
+    model, report = pretrained(source, str(source.local), dtype, options, **extra)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ArtifactError(

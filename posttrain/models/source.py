@@ -42,6 +42,13 @@ class Source:
     digest: str = ""
 
     @property
+    def local(self) -> Path:
+        """Its folder or file on this machine; a hub id has one only after `load.fetch`."""
+        if self.path is None:
+            raise ArtifactError("not on this machine yet", where=self.where, fix="fetch it first")
+        return self.path
+
+    @property
     def where(self) -> str:
         """For messages: path, or hub id with its revision."""
         return str(self.path) if self.path else f"{self.id}@{self.revision or 'main'}"
@@ -185,7 +192,7 @@ def base_record(base: Source, digest: str, out: Path) -> dict[str, Any]:
         return {"digest": digest, "id": base.id, "revision": base.revision}
     if base.id.startswith(PACKAGE):
         return {"digest": digest, "id": base.id}
-    return {"digest": digest, "path": os.path.relpath(base.path.resolve(), out.resolve())}
+    return {"digest": digest, "path": os.path.relpath(base.local.resolve(), out.resolve())}
 
 
 def read_json(file: Path) -> dict[str, Any]:

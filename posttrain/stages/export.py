@@ -43,7 +43,7 @@ def run(cfg: ExportConfig, ctx: StageContext) -> None:
 
     loaded = load_model(ctx.ref("model"), dtype="float32", trust_remote_code=ctx.trust_remote_code)
     keep = loaded.kind == "quantized" and cfg.format == "auto"
-    facts = _copy(fetch(loaded.source).path, ctx.out) if keep else _save(loaded, cfg, ctx.out)
+    facts = _copy(fetch(loaded.source).local, ctx.out) if keep else _save(loaded, cfg, ctx.out)
     if cfg.reload_check:
         expected = probe_logits(cast_weights(loaded.model, torch.float32))
         facts |= check_reload(ctx.out, expected, dtype="float32", trust_remote_code=ctx.trust_remote_code)[1]
