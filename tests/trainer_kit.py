@@ -57,7 +57,15 @@ def distinct_letters(completions: list[Any], **_: Any) -> list[float]:
 
 
 def grpo_trainer(
-    cls: type, folder: Path, out: Path, *, peft: Any = None, rewards: Any = distinct_letters, rows: Any = None, extra: dict[str, Any] | None = None, **args: Any
+    cls: type,
+    folder: Path,
+    out: Path,
+    *,
+    peft: Any = None,
+    rewards: Any = distinct_letters,
+    rows: Any = None,
+    extra: dict[str, Any] | None = None,
+    **args: Any,
 ) -> Any:
     """A GRPO trainer of class `cls` on chat prompts, groups of 4."""
     import trl
@@ -66,7 +74,15 @@ def grpo_trainer(
     model, tokenizer = load(folder)
     rows = rows or [{"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in TASKS[:12]]
     config = trl.GRPOConfig(output_dir=str(out), **{"save_steps": 100, "num_generations": 4, "max_completion_length": 6, **COMMON, **args})
-    return cls(model, reward_funcs=rewards, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=peft, **(extra or {}))
+    return cls(
+        model,
+        reward_funcs=rewards,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft,
+        **(extra or {}),
+    )
 
 
 def weights(trainer: Any) -> dict[str, Any]:
@@ -142,7 +158,9 @@ def make_context(root: Path, method: str, kind: str, model: Path, *, seed: int =
     return ctx
 
 
-def run_stage(root: Path, method: str, rows: list[dict[str, Any]], kind: str, model: Path, *, sinks: Any = (), seed: int = 7, **fields: Any) -> Any:
+def run_stage(
+    root: Path, method: str, rows: list[dict[str, Any]], kind: str, model: Path, *, sinks: Any = (), seed: int = 7, **fields: Any
+) -> Any:
     """Runs a trainer stage in this process; returns its context. `evaluation` is the context's `eval`."""
     from posttrain.core import registry
 

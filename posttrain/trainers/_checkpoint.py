@@ -57,7 +57,11 @@ def save_errors(folder: Path) -> Iterator[None]:
             if number:
                 raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
             if isinstance(error, RuntimeError) and "failed writing file" in str(error):
-                raise ArtifactError("cannot write a checkpoint file: disk full, quota or size limit", where=str(folder), fix="free space, then run the same command again; older checkpoints are intact") from error
+                raise ArtifactError(
+                    "cannot write a checkpoint file: disk full, quota or size limit",
+                    where=str(folder),
+                    fix="free space, then run the same command again; older checkpoints are intact",
+                ) from error
             raise
 
 

@@ -148,7 +148,7 @@ class GRPOTrainer(Reliable, trl.GRPOTrainer):
         return output
 
     def _compare(self, output: dict[str, torch.Tensor]) -> None:
-        """Compares sampled with recomputed log-probabilities; corrects the advantages, or stops where they cannot be of the same weights."""
+        """Compares sampled with recomputed log-probabilities; corrects the advantages, or stops where the gap is too large."""
         comparable = self.top_p >= 1 and not self.top_k
         check = comparable and self._rollouts % CHECK_EVERY == 0
         self._rollouts += 1
@@ -173,7 +173,7 @@ class GRPOTrainer(Reliable, trl.GRPOTrainer):
         limit, found = (LIMITS[self.model.dtype], worst) if fine else (COARSE, mean)
         if found > limit:
             raise RolloutError(
-                f"sampled and recomputed log-probabilities differ by {found:.3g} ({'largest' if fine else 'mean'} of a token), the limit is {limit:g}",
+                f"sampled and recomputed log-probabilities differ by {found:.3g} ({'largest' if fine else 'mean'}), limit {limit:g}",
                 where=f"step {self.state.global_step + 1}",
                 fix="the engine does not hold the policy's weights, or samples another distribution",
             )
@@ -183,7 +183,9 @@ class GRPOTrainer(Reliable, trl.GRPOTrainer):
         infinite = rewards.isinf().any(dim=0).nonzero().flatten().tolist()
         if infinite:
             names = ", ".join(self.reward_func_names[i] for i in infinite)
-            raise RewardError(f"reward `{names}` is infinite", where=f"step {self.state.global_step + 1}", fix="return None for what cannot be scored")
+            raise RewardError(
+                f"reward `{names}` is infinite", where=f"step {self.state.global_step + 1}", fix="return None for what cannot be scored"
+            )
         unscored = rewards.isnan().all(dim=1).sum().item()
         if unscored:
             self._metrics["train" if self.model.training else "eval"]["rewards/unscored"].append(float(unscored))
@@ -199,7 +201,12 @@ class GRPOTrainer(Reliable, trl.GRPOTrainer):
         values, tensors = super().own_state()
         values |= {"forward_passes": self._step, "rollouts": self._rollouts}
         if self._buffered_inputs and self._step % (self.args.steps_per_generation * self.num_iterations):
-            tensors |= {f"{i}.{name}": value for i, part in enumerate(self._buffered_inputs) for name, value in part.items() if torch.is_tensor(value)}
+            tensors |= {
+                f"{i}.{name}": value
+                for i, part in enumerate(self._buffered_inputs)
+                for name, value in part.items()
+                if torch.is_tensor(value)
+            }
         return values, tensors
 
     def restore_own_state(self, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

@@ -29,7 +29,6 @@ from posttrain.trainers._train import (
     Schedule,
     describe,
     epoch_order,
-    evaluate_around,
     global_rows,
     load_for_training,
     make_schedule,
@@ -37,6 +36,7 @@ from posttrain.trainers._train import (
     train_and_commit,
     trl_arguments,
 )
+from posttrain.trainers._watch import evaluate_around
 
 if TYPE_CHECKING:
     from posttrain.trainers.grpo import GRPOStage, RewardUse
@@ -61,7 +61,11 @@ def _reward_function(use: RewardUse, rows: Sequence[Row]) -> Callable[..., list[
         for name, theirs in needed.items():
             if row.get(theirs) is None:
                 there = ", ".join(key for key in row if key not in ("prompt", "id"))
-                raise DataError(f"reward `{use.use}` needs `{name}`, read from the column `{theirs}`; columns there: {there or 'none'}", where=place_of(row), fix=f"set rewards[].columns: {{{name}: THEIR_NAME}}")
+                raise DataError(
+                    f"reward `{use.use}` needs `{name}`, read from the column `{theirs}`; columns there: {there or 'none'}",
+                    where=place_of(row),
+                    fix=f"set rewards[].columns: {{{name}: THEIR_NAME}}",
+                )
     names = sorted({key for row in rows for key in row} - {"prompt", "id"})
 
     def scored(completions: list[Any], prompts: list[Any], **extra: Any) -> list[float | None]:
@@ -102,7 +106,11 @@ def prompt_limit(cfg: GRPOStage, model: Any, where: str) -> int:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or cfg.data.max_length
     limit = min(cfg.data.max_length, positions) - cfg.rollout.max_tokens
     if limit < 1:
-        raise ConfigError(f"max_tokens ({cfg.rollout.max_tokens}) leaves no room for a prompt in the model's {positions} positions", where=f"{where}.rollout.max_tokens", fix="lower it")
+        raise ConfigError(
+            f"max_tokens ({cfg.rollout.max_tokens}) leaves no room for a prompt in the model's {positions} positions",
+            where=f"{where}.rollout.max_tokens",
+            fix="lower it",
+        )
     return limit
 
 
@@ -118,7 +126,9 @@ def _set_reference(cfg: GRPOStage, ctx: StageContext, loaded: LoadedModel) -> No
     loaded.model.config._name_or_path = str(folder)
 
 
-def build(cfg: GRPOStage, ctx: StageContext, loaded: LoadedModel, rows: list[Row], prompt_ids: list[list[int]], chat: bool) -> tuple[GRPOTrainer, Schedule]:
+def build(
+    cfg: GRPOStage, ctx: StageContext, loaded: LoadedModel, rows: list[Row], prompt_ids: list[list[int]], chat: bool
+) -> tuple[GRPOTrainer, Schedule]:
     """The trainer of a stage, its prompts laid out in the order in which they will be asked."""
     asked = global_rows(cfg.batch, cfg.data.max_length) // cfg.group
     plan = make_schedule(cfg, len(rows) / asked * cfg.num_iterations, ctx.world.size, f"stages.{ctx.name}")
@@ -155,7 +165,9 @@ def run_grpo(cfg: GRPOStage, ctx: StageContext) -> None:
         rows = repeat_rows(rows, ctx.seed)
     loaded = load_for_training(cfg, ctx)
     limit = prompt_limit(cfg, loaded.model, f"stages.{ctx.name}")
-    rows, prompt_ids, report = scan_prompts(loaded.tokenizer, rows, format=cfg.data.format, max_prompt=limit, on_bad=cfg.data.on_bad, events=ctx.events)
+    rows, prompt_ids, report = scan_prompts(
+        loaded.tokenizer, rows, format=cfg.data.format, max_prompt=limit, on_bad=cfg.data.on_bad, events=ctx.events
+    )
     ctx.summary["prompts"] = report
     evaluate_around(ctx, "before", loaded.model, loaded.tokenizer)
     _set_reference(cfg, ctx, loaded)

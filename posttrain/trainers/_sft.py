@@ -27,7 +27,6 @@ from posttrain.trainers._train import (
     Schedule,
     describe,
     epoch_order,
-    evaluate_around,
     global_rows,
     grouped_order,
     load_for_training,
@@ -37,6 +36,7 @@ from posttrain.trainers._train import (
     trl_arguments,
 )
 from posttrain.trainers._trl import Reliable
+from posttrain.trainers._watch import evaluate_around
 
 IGNORED = -100
 WEIGHT = "loss_weight"
@@ -113,7 +113,9 @@ def encode_dataset(encoded: Sequence[Any], weights: Sequence[float] | None = Non
     rows = [{"input_ids": list(item.input_ids), "labels": labels_of(item.input_ids, item.loss_mask)} for item in encoded]
     counts = [supervised(row["labels"]) for row in rows]
     if not sum(counts):
-        raise DataError(f"none of the {len(rows)} rows has a token that carries loss", fix="check data.loss_on, data.max_length and the chat template")
+        raise DataError(
+            f"none of the {len(rows)} rows has a token that carries loss", fix="check data.loss_on, data.max_length and the chat template"
+        )
     if weights is not None:
         scaled = _scaled(weights, counts)
         rows = [{**row, WEIGHT: weight} for row, weight in zip(rows, scaled, strict=True)]
@@ -123,7 +125,9 @@ def encode_dataset(encoded: Sequence[Any], weights: Sequence[float] | None = Non
 def _scaled(weights: Sequence[float], counts: Sequence[int]) -> list[float]:
     total = sum(weight * count for weight, count in zip(weights, counts, strict=True))
     if any(weight < 0 for weight in weights) or not 0 < total < float("inf"):
-        raise DataError("row weights must be non-negative numbers, not all 0", fix="correct the `weight` column, or set data.weights: ignore")
+        raise DataError(
+            "row weights must be non-negative numbers, not all 0", fix="correct the `weight` column, or set data.weights: ignore"
+        )
     return [weight * sum(counts) / total for weight in weights]
 
 
@@ -133,7 +137,9 @@ def rows_to_dataset(cfg: Any, ctx: StageContext, model: Any, tokenizer: Any) -> 
     if cfg.data.weights == "repeat":
         rows = repeat_rows(rows, ctx.seed)
     stops = stop_ids(model, tokenizer) or []
-    encoded, ctx.summary["encoding"] = encode_rows(tokenizer, rows, cfg.data, stop_ids=stops if isinstance(stops, list) else [stops], events=ctx.events)
+    encoded, ctx.summary["encoding"] = encode_rows(
+        tokenizer, rows, cfg.data, stop_ids=stops if isinstance(stops, list) else [stops], events=ctx.events
+    )
     weights = [item.weight for item in encoded] if cfg.data.weights == "loss" else None
     return encode_dataset(encoded, weights)
 
@@ -188,6 +194,7 @@ def run_sft(cfg: Any, ctx: StageContext, trainer_class: type[SFTTrainer] = SFTTr
     facts = ctx.summary
     describe(ctx, plan, "sequences")
     ctx.events.log(
-        f"{facts['tokens_unique']:,} unique tokens, {facts['tokens']:,} seen in {facts['epochs']:g} epochs, {facts['tokens_supervised']:,} of them with loss"
+        f"{facts['tokens_unique']:,} unique tokens, {facts['tokens']:,} seen in {facts['epochs']:g} epochs, "
+        f"{facts['tokens_supervised']:,} of them with loss"
     )
     train_and_commit(trainer, cfg, ctx, loaded)

@@ -15,27 +15,25 @@ read by torch with `weights_only=True`, and only from folders that carry our mar
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.errors import ArtifactError, Preempted, Problem
+from posttrain.errors import ArtifactError, Preempted
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-import torch  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from transformers import PrinterCallback, TrainerCallback  # noqa: E402
-from transformers.trainer_utils import TrainOutput  # noqa: E402
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
-from posttrain.trainers._checkpoint import Checkpoint, clear, latest_complete, mark_complete, read_checkpoint, rotate, save_errors  # noqa: E402
-from posttrain.trainers._guard import StopSignal, bad_names, caught_signals, gradient_norms, numerics_error  # noqa: E402
+from posttrain.trainers._checkpoint import Checkpoint, clear, latest_complete, mark_complete, read_checkpoint, rotate, save_errors
+from posttrain.trainers._guard import StopSignal, bad_names, caught_signals, gradient_norms, numerics_error
 
 if TYPE_CHECKING:
     from posttrain.core.events import Events
@@ -253,7 +251,8 @@ class Reliable(SafeCheckpoint, NumericsGuard):
             output = super().train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None, **kwargs)
         if self.preempted:
             raise Preempted(
-                f"stopped by {self._stop.received or 'a signal on another rank'} after step {self.state.global_step} of {self.state.max_steps}",
+                f"stopped by {self._stop.received or 'a signal on another rank'}"
+                f" after step {self.state.global_step} of {self.state.max_steps}",
                 where=self.args.output_dir,
                 fix="run the same command again; it goes on from this step",
             )
@@ -293,45 +292,3 @@ def policy_logps(trainer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             trainer.model, ids, mask, batch["completion_ids"].size(1), batch_size=trainer.args.per_device_train_batch_size
         )
     return logps
-
-
-def check_trl_fields(trl: dict[str, Any], config_class: type, where: str, owned: dict[str, str] | None = None) -> list[Problem]:
-    """Problems of a `trl:` block against the installed TRL config class.
-
-    Args:
-        trl: the block.
-        config_class: `trl.SFTConfig`, `trl.GRPOConfig`, ...
-        where: dotted path of the block, e.g. `stages.sft.trl`.
-        owned: field -> the field of ours that sets it (`_train.owned_fields` by default).
-    """
-    from posttrain.trainers._train import owned_fields
-
-    owned = owned_fields(config_class) if owned is None else owned
-    known = {field.name: field.type for field in fields(config_class) if field.init}
-    problems = []
-    for key, value in trl.items():
-        path = f"{where}.{key}"
-        if key in owned:
-            problems.append(Problem(path, "posttrain sets this field itself", f"use {owned[key]}"))
-        elif key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-            hint = f"did you mean `{near[0]}`?" if near else f"see the fields of {config_class.__name__} in the installed TRL"
-            problems.append(Problem(path, f"{config_class.__name__} has no field `{key}`", hint))
-        elif not _fits(value, str(known[key])):
-            problems.append(Problem(path, f"expected {known[key]}, got {value!r}"))
-    return problems
-
-
-def _fits(value: Any, annotation: str) -> bool:
-    """Whether a scalar fits a dataclass annotation; anything but bool, int, float and str is left to TRL."""
-    words = {word.strip() for word in annotation.replace("<class '", "").replace("'>", "").split("|")}
-    words = {word.removeprefix("Optional[").removesuffix("]") for word in words}
-    if not words <= {"bool", "int", "float", "str", "None"}:
-        return True
-    if value is None:
-        return "None" in words or "Optional" in annotation
-    if isinstance(value, bool):
-        return "bool" in words
-    if isinstance(value, int):
-        return bool(words & {"int", "float"})
-    return type(value).__name__ in words

@@ -90,7 +90,9 @@ class GRPOStage(TrainConfig):
         if self.data.packing or self.data.weights == "loss":
             raise ValueError("data.packing and data.weights: loss are for supervised training")
         if self.rollout.max_tokens >= self.data.max_length:
-            raise ValueError(f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in data.max_length ({self.data.max_length})")
+            raise ValueError(
+                f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in data.max_length ({self.data.max_length})"
+            )
         names = [item.use for item in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError("a reward is named twice")
@@ -102,7 +104,9 @@ def estimate(cfg: GRPOStage) -> dict[str, float]:
     return {"tokens": cfg.steps * (cfg.batch.rows or cfg.batch.per_device) * cfg.rollout.max_tokens} if cfg.steps else {}
 
 
-@stage("grpo", config=GRPOStage, inputs={"model": model_port(), "data": data_port("verifiable")}, output="model", evals=True, estimate=estimate)
+@stage(
+    "grpo", config=GRPOStage, inputs={"model": model_port(), "data": data_port("verifiable")}, output="model", evals=True, estimate=estimate
+)
 def run(cfg: GRPOStage, ctx: StageContext) -> None:
     """Reinforces `ctx.inputs["model"]` on the tasks of `ctx.inputs["data"]`."""
     from posttrain.trainers._grpo_run import run_grpo

@@ -38,7 +38,14 @@ def estimate(cfg: SFTStage) -> dict[str, float]:
     return {"tokens": cfg.steps * (cfg.batch.tokens or rows * cfg.data.max_length)}
 
 
-@stage("sft", config=SFTStage, inputs={"model": model_port(), "data": data_port("text", "messages", "verifiable")}, output="model", evals=True, estimate=estimate)
+@stage(
+    "sft",
+    config=SFTStage,
+    inputs={"model": model_port(), "data": data_port("text", "messages", "verifiable")},
+    output="model",
+    evals=True,
+    estimate=estimate,
+)
 def run(cfg: SFTStage, ctx: StageContext) -> None:
     """Trains `ctx.inputs["model"]` on the mixture `ctx.inputs["data"]`."""
     from posttrain.trainers._sft import run_sft

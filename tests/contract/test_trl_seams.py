@@ -42,7 +42,15 @@ def test_log_probability_method_takes_what_policy_logps_passes() -> None:
 
 def test_keys_of_a_scored_batch() -> None:
     source = inspect.getsource(trl.GRPOTrainer._generate_and_score_completions)
-    for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch", "sampling_per_token_logps"):
+    for key in (
+        "prompt_ids",
+        "prompt_mask",
+        "completion_ids",
+        "completion_mask",
+        "advantages",
+        "num_items_in_batch",
+        "sampling_per_token_logps",
+    ):
         assert f'"{key}"' in source, key
 
 
@@ -74,7 +82,7 @@ def test_rng_and_optimizer_state_are_read_without_unpickling() -> None:
 def test_owned_fields_exist_or_are_known_to_be_gone() -> None:
     from dataclasses import fields
 
-    from posttrain.trainers._train import OWNED, OWNED_BY, owned_fields
+    from posttrain.trainers._fields import OWNED, OWNED_BY, owned_fields
 
     sft, grpo = ({field.name for field in fields(cls)} for cls in (trl.SFTConfig, trl.GRPOConfig))
     elsewhere = {"tools", "environment_factory", "warmup_ratio", "train_batch_size"}
@@ -85,9 +93,16 @@ def test_owned_fields_exist_or_are_known_to_be_gone() -> None:
 
 
 def test_pass_through_fields_are_checked() -> None:
-    from posttrain.trainers._trl import check_trl_fields
+    from posttrain.trainers._fields import check_trl_fields
 
-    block = {"learning_rate": 1e-3, "neftune_noise_alhpa": 5, "group_by_length": True, "dataloader_num_workers": "two", "tools": [], "loss_type": "dft"}
+    block = {
+        "learning_rate": 1e-3,
+        "neftune_noise_alhpa": 5,
+        "group_by_length": True,
+        "dataloader_num_workers": "two",
+        "tools": [],
+        "loss_type": "dft",
+    }
     found = {problem.path: str(problem) for problem in check_trl_fields(block, trl.SFTConfig, "stages.s.trl")}
     assert "optim.lr" in found["stages.s.trl.learning_rate"]
     assert "neftune_noise_alpha" in found["stages.s.trl.neftune_noise_alhpa"]

@@ -29,6 +29,7 @@ def first_batch(trainer: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora-kl"])
 def test_ten_steps_equal_trl_bitwise(tiny_model_dir: Path, tmp_path: Path, adapter: bool) -> None:
     import trl
+
     from posttrain.core.events import Events
     from posttrain.trainers.grpo import GRPOTrainer
 
@@ -60,10 +61,11 @@ def test_sampled_and_recomputed_log_probabilities_agree(tiny_model_dir: Path, tm
 
 
 def test_engine_with_other_weights_is_an_error(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from trainer_kit import load
+
     from posttrain.errors import RolloutError
     from posttrain.rollout.hf import HFEngine
     from posttrain.trainers.grpo import GRPOTrainer
-    from trainer_kit import load
 
     class Stale(HFEngine):
         def load_weights(self, source: Any, version: int) -> None:
@@ -78,7 +80,7 @@ def test_engine_with_other_weights_is_an_error(tiny_model_dir: Path, tmp_path: P
 
 
 def test_correction_equals_trls_own(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Advantages (B, T) times weights give the loss that TRL gives with `importance_sampling_ratio`, both modes, both signs, with KL off."""
+    """Advantages (B, T) times weights give the loss that TRL gives with `importance_sampling_ratio`, in both modes."""
     from posttrain.trainers._grpo import correction_weights
     from posttrain.trainers.grpo import GRPOTrainer
 
@@ -95,7 +97,9 @@ def test_correction_equals_trls_own(tiny_model_dir: Path, tmp_path: Path) -> Non
         trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
         theirs = trainer._compute_loss(trainer.model, {**batch, "importance_sampling_ratio": ratio})
         trainer.use_vllm = False
-        ours = trainer._compute_loss(trainer.model, {**batch, "advantages": batch["advantages"][:, None] * correction_weights(gap, mask, mode, cap)})
+        ours = trainer._compute_loss(
+            trainer.model, {**batch, "advantages": batch["advantages"][:, None] * correction_weights(gap, mask, mode, cap)}
+        )
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-6, abs=1e-9)
         assert (ratio == 0).any() or mode == "token_truncate"
 
@@ -135,9 +139,19 @@ def test_groups_are_rows_not_texts(tiny_model_dir: Path, tmp_path: Path) -> None
         seen.append(list(answer))
         return [float(value) + i % 4 for i, value in enumerate(answer)]
 
-    rows = [{"prompt": [{"role": "user", "content": text}], "answer": answer} for text, answer in (("same", "10"), ("same", "20"), ("b", "30"), ("c", "40"))]
+    rows = [
+        {"prompt": [{"role": "user", "content": text}], "answer": answer}
+        for text, answer in (("same", "10"), ("same", "20"), ("b", "30"), ("c", "40"))
+    ]
     trainer = grpo_trainer(
-        GRPOTrainer, tiny_model_dir, tmp_path, rows=rows, rewards=by_answer, extra={"engine": engine()}, per_device_train_batch_size=8, scale_rewards="none"
+        GRPOTrainer,
+        tiny_model_dir,
+        tmp_path,
+        rows=rows,
+        rewards=by_answer,
+        extra={"engine": engine()},
+        per_device_train_batch_size=8,
+        scale_rewards="none",
     )
     batch = first_batch(trainer)
     groups = [seen[0][i : i + 4] for i in range(0, 16, 4)]
@@ -182,9 +196,17 @@ def test_all_truncated_step_changes_nothing(tiny_model_dir: Path, tmp_path: Path
             return [replace(c, token_ids=[*c.token_ids[:-1], end]) for c in done]
 
     trainer = grpo_trainer(
-        GRPOTrainer, tiny_model_dir, tmp_path, extra={"engine": Endless}, mask_truncated_completions=True, max_completion_length=4, max_steps=3, save_steps=2,
-        weight_decay=0.1, lr_scheduler_type="constant",
-    )  # fmt: skip
+        GRPOTrainer,
+        tiny_model_dir,
+        tmp_path,
+        extra={"engine": Endless},
+        mask_truncated_completions=True,
+        max_completion_length=4,
+        max_steps=3,
+        save_steps=2,
+        weight_decay=0.1,
+        lr_scheduler_type="constant",
+    )
     trainer._check_gap = lambda *_: None
     trainer.train()
     from safetensors.torch import load_file
@@ -201,7 +223,9 @@ def test_half_truncated_gradient_is_that_of_the_unmasked_rows(tiny_model_dir: Pa
     """C80: with the `dapo` normaliser (unmasked tokens of the batch) masked rows do not shrink the rest of the gradient."""
     from posttrain.trainers.grpo import GRPOTrainer
 
-    trainer = grpo_trainer(GRPOTrainer, tiny_model_dir, tmp_path, extra={"engine": engine()}, gradient_accumulation_steps=1, per_device_train_batch_size=8)
+    trainer = grpo_trainer(
+        GRPOTrainer, tiny_model_dir, tmp_path, extra={"engine": engine()}, gradient_accumulation_steps=1, per_device_train_batch_size=8
+    )
     batch = first_batch(trainer)
     trainer.current_gradient_accumulation_steps = 1
     keep = torch.tensor([True, False] * 4)
@@ -218,8 +242,9 @@ def test_half_truncated_gradient_is_that_of_the_unmasked_rows(tiny_model_dir: Pa
 
 
 def test_sampler_moves_to_a_later_epoch() -> None:
-    from posttrain.trainers._grpo import ResumableRepeatSampler
     from trl.trainer.utils import RepeatSampler
+
+    from posttrain.trainers._grpo import ResumableRepeatSampler
 
     data = list(range(7))
     straight = RepeatSampler(data, 2, 3, 2, True, 5)

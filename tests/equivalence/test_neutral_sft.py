@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_ten_steps_equal_trl_bitwise(tiny_model_dir: Path, tmp_path: Path, adapter: bool) -> None:
     import trl
+
     from posttrain.core.events import Events
     from posttrain.trainers.sft import SFTTrainer
 
@@ -35,7 +36,14 @@ def test_accumulation_does_not_change_the_step(tiny_model_dir: Path, tmp_path: P
 
     curves = []
     for per_device, accumulation in ((8, 1), (1, 8)):
-        trainer = sft_trainer(SFTTrainer, tiny_model_dir, tmp_path / str(per_device), per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation, max_steps=3)
+        trainer = sft_trainer(
+            SFTTrainer,
+            tiny_model_dir,
+            tmp_path / str(per_device),
+            per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=accumulation,
+            max_steps=3,
+        )
         trainer.train()
         curves.append([loss for loss, _ in curve(trainer)])
     assert curves[0] == pytest.approx(curves[1], abs=2e-6)
@@ -44,8 +52,9 @@ def test_accumulation_does_not_change_the_step(tiny_model_dir: Path, tmp_path: P
 def test_row_weights_scale_each_rows_loss(tiny_model_dir: Path, tmp_path: Path) -> None:
     """One batch: L = sum_i w_i * nll_i / N, against log-probabilities of a plain forward pass."""
     import trl
-    from posttrain.trainers._sft import SFTTrainer, encode_dataset
     from trainer_kit import load
+
+    from posttrain.trainers._sft import SFTTrainer, encode_dataset
 
     model, tokenizer = load(tiny_model_dir)
     rows = [SimpleNamespace(input_ids=list(range(5, 5 + n)), loss_mask=[0] * 2 + [1] * (n - 2)) for n in (6, 9, 12, 7)]
@@ -60,7 +69,11 @@ def test_row_weights_scale_each_rows_loss(tiny_model_dir: Path, tmp_path: Path) 
             logp = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
             nll.append(-logp[1:].sum().item())
     expected = sum(w * scale * value for w, value in zip(given, nll, strict=True)) / sum(counts)
-    args = trl.SFTConfig(output_dir=str(tmp_path), dataset_kwargs={"skip_prepare_dataset": True}, **{**COMMON, "max_steps": 1, "gradient_accumulation_steps": 1})
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **{**COMMON, "max_steps": 1, "gradient_accumulation_steps": 1},
+    )
     trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()
     assert curve(trainer)[0][0] == pytest.approx(expected, rel=1e-5)
@@ -68,9 +81,10 @@ def test_row_weights_scale_each_rows_loss(tiny_model_dir: Path, tmp_path: Path) 
 
 
 def test_packed_rows_do_not_see_one_another(tiny_model_dir: Path) -> None:
-    from posttrain.trainers._sft import encode_dataset, pack
     from trainer_kit import load
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from posttrain.trainers._sft import encode_dataset, pack
 
     model, tokenizer = load(tiny_model_dir)
     second = list(range(30, 40))

@@ -45,7 +45,9 @@ def work(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_every_file_and_every_damage(work: Path, tmp_path: Path) -> None:
     names = [item["name"] for item in json.loads((work / "checkpoint-3" / MARKER).read_text())["files"]]
-    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "own_state_0.safetensors"} <= set(names)
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "own_state_0.safetensors"} <= set(
+        names
+    )
     shutil.copytree(work / "checkpoint-2", tmp_path / "checkpoint-2")
     for name in names:
         for how in DAMAGES:
@@ -59,7 +61,10 @@ def test_every_file_and_every_damage(work: Path, tmp_path: Path) -> None:
             assert name in said[0], (name, how)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"step": 3, "world_size": 1, "files": [{"name": 4}]}', '{"step": 3, "world_size": 1, "files": 7}', "\x00" * 20])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"step": 3, "world_size": 1, "files": [{"name": 4}]}', '{"step": 3, "world_size": 1, "files": 7}', "\x00" * 20],
+)
 def test_damaged_marker(work: Path, tmp_path: Path, text: str) -> None:
     shutil.copytree(work, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint-3" / MARKER).write_text(text)
@@ -117,9 +122,10 @@ def test_full_disk_keeps_the_older_checkpoint(tiny_model_dir: Path, tmp_path: Pa
     """C61: the save fails at a file-size limit: the error names path and bytes, the old checkpoint stays and counts."""
     import resource
 
+    from trainer_kit import sft_trainer
+
     from posttrain.core.events import Events
     from posttrain.trainers.sft import SFTTrainer
-    from trainer_kit import sft_trainer
 
     events = Events(None)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

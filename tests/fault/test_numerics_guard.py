@@ -34,10 +34,11 @@ def finite(state: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("step", [1, 3, 6])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
 def test_sft_loss(tiny_model_dir: Path, tmp_path: Path, step: int, value: float) -> None:
+    from safetensors.torch import load_file
+
     from posttrain.core.events import Events
     from posttrain.errors import NumericsError
     from posttrain.trainers.sft import SFTTrainer
-    from safetensors.torch import load_file
 
     events, seen = Events(None), []
     events.sinks.append(seen.append)
@@ -57,7 +58,10 @@ def test_sft_loss(tiny_model_dir: Path, tmp_path: Path, step: int, value: float)
     for file in tmp_path.glob("checkpoint-*/model.safetensors"):
         assert finite(load_file(file))
     if good == step - 1 and good:
-        assert same({k: v for k, v in weights(trainer).items() if k != "lm_head.weight"}, load_file(tmp_path / f"checkpoint-{good}" / "model.safetensors"))
+        assert same(
+            {k: v for k, v in weights(trainer).items() if k != "lm_head.weight"},
+            load_file(tmp_path / f"checkpoint-{good}" / "model.safetensors"),
+        )
 
 
 def test_gradient_without_a_bad_loss(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -120,9 +124,10 @@ def test_nan_reward_in_a_stage(tiny_model_dir: Path, tmp_path: Path, monkeypatch
 
 
 def test_no_trainable_parameter_is_refused(tiny_model_dir: Path) -> None:
+    from trainer_kit import load
+
     from posttrain.errors import ConfigError
     from posttrain.trainers._train import check_trainable
-    from trainer_kit import load
 
     model, _ = load(tiny_model_dir)
     model.requires_grad_(False)

@@ -17,10 +17,11 @@ def main() -> None:
 
 def run(spec: dict[str, Any], root: Path, rank: int, size: int) -> None:
     """One stage on one rank."""
+    from trainer_kit import make_context
+
     from posttrain.core import registry
     from posttrain.core.context import World
     from posttrain.errors import PosttrainError
-    from trainer_kit import make_context
 
     method = spec["fields"]["method"]
     ctx = make_context(root, method, spec["kind"], Path(spec["model"]))

@@ -16,7 +16,14 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.multiproc
 
 HERE = Path(__file__).resolve().parent
-SFT = {"method": "sft", "steps": 5, "batch": {"rows": 8, "per_device": 2}, "data": {"max_length": 64}, "checkpoint": {"every": 2}, "optim": {"lr": 1e-3}}
+SFT = {
+    "method": "sft",
+    "steps": 5,
+    "batch": {"rows": 8, "per_device": 2},
+    "data": {"max_length": 64},
+    "checkpoint": {"every": 2},
+    "optim": {"lr": 1e-3},
+}
 GRPO = {
     "method": "grpo",
     "steps": 3,
@@ -42,7 +49,16 @@ def two(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "specs.json").write_text(json.dumps(specs))
     paths = [str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(HERE / "gloo_stage.py"), str(root / "specs.json")],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(HERE / "gloo_stage.py"),
+            str(root / "specs.json"),
+        ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
@@ -89,7 +105,9 @@ def test_checkpoint_of_two_processes(two: Path, tiny_model_dir: Path) -> None:
 
     marker = json.loads((two / "sft" / "work" / "checkpoint-5" / "COMPLETE.json").read_text())
     assert marker["world_size"] == 2
-    assert {"rng_state_0.pth", "rng_state_1.pth", "own_state_0.safetensors", "own_state_1.safetensors"} <= {item["name"] for item in marker["files"]}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "own_state_0.safetensors", "own_state_1.safetensors"} <= {
+        item["name"] for item in marker["files"]
+    }
     with pytest.raises(ArtifactError, match="written by 2 processes, this run has 1"):
         run_stage(two / "sft", rows=CHATS, kind="messages", model=tiny_model_dir, **SFT)
 

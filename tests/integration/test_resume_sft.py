@@ -81,7 +81,9 @@ def test_sigterm_saves_and_raises_preempted(tiny_model_dir: Path, tmp_path: Path
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted, match="SIGTERM after step 4 of 6"):
-        run_stage(tmp_path, "sft", CHATS, "messages", tiny_model_dir, sinks=[at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))], **BASE)
+        run_stage(
+            tmp_path, "sft", CHATS, "messages", tiny_model_dir, sinks=[at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))], **BASE
+        )
     assert signal.getsignal(signal.SIGTERM) is before
     ctx = run_stage(tmp_path, "sft", CHATS, "messages", tiny_model_dir, **BASE)
     assert "resuming from checkpoint-4" in messages(ctx)
@@ -132,7 +134,11 @@ def test_rows_that_do_not_fill_the_last_step(tiny_model_dir: Path, tmp_path: Pat
     ("rows", "kind", "fields"),
     [
         (TASKS, "verifiable", {"lora": {"r": 4, "dropout": 0.1}}),
-        ([{"text": row["prompt"] * 4, "weight": 1 + i % 3} for i, row in enumerate(TASKS)], "text", {"data": {"max_length": 64, "weights": "loss"}}),
+        (
+            [{"text": row["prompt"] * 4, "weight": 1 + i % 3} for i, row in enumerate(TASKS)],
+            "text",
+            {"data": {"max_length": 64, "weights": "loss"}},
+        ),
         (CHATS, "messages", {"data": {"max_length": 64, "packing": True}, "batch": {"tokens": 256, "per_device": 2}, "steps": 4}),
     ],
     ids=["lora-dropout", "row-weights", "packing"],

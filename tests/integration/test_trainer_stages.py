@@ -20,8 +20,15 @@ def evaluation(root: Path) -> dict[str, Any]:
 
     root.mkdir(parents=True, exist_ok=True)
     (root / "val.jsonl").write_text("\n".join(json.dumps(row) for row in CHATS[:6]) + "\n")
-    ref = InputRef("eval", "val", "source", "dataset", split="all", spec={"kind": "messages", "path": str(root / "val.jsonl")}, rows="messages")
-    return {"sets": {"val": {"from": "val:validation", "metrics": ["loss"], "ref": ref}}, "when": ["before", "after"], "batch": 8, "every": None}
+    ref = InputRef(
+        "eval", "val", "source", "dataset", split="all", spec={"kind": "messages", "path": str(root / "val.jsonl")}, rows="messages"
+    )
+    return {
+        "sets": {"val": {"from": "val:validation", "metrics": ["loss"], "ref": ref}},
+        "when": ["before", "after"],
+        "batch": 8,
+        "every": None,
+    }
 
 
 def tensors(folder: Path, name: str = "model.safetensors") -> dict[str, Any]:
@@ -51,7 +58,16 @@ def test_best_survives_a_stop(tiny_model_dir: Path, tmp_path: Path) -> None:
     fields = {**BASE, "optim": {"lr": 0.05, "schedule": "constant", "warmup": 0}, "commit": {"best": {"metric": "val.loss", "every": 2}}}
     run_stage(tmp_path / "a", "sft", CHATS, "messages", tiny_model_dir, evaluation=evaluation(tmp_path), **fields)
     with pytest.raises(Interrupted):
-        run_stage(tmp_path / "b", "sft", CHATS, "messages", tiny_model_dir, sinks=[at_step(5, interrupt)], evaluation=evaluation(tmp_path), **fields)
+        run_stage(
+            tmp_path / "b",
+            "sft",
+            CHATS,
+            "messages",
+            tiny_model_dir,
+            sinks=[at_step(5, interrupt)],
+            evaluation=evaluation(tmp_path),
+            **fields,
+        )
     ctx = run_stage(tmp_path / "b", "sft", CHATS, "messages", tiny_model_dir, evaluation=evaluation(tmp_path), **fields)
     assert digest(tmp_path / "b" / "out") == digest(tmp_path / "a" / "out")
     assert ctx.summary["eval"]["before"]["val"]["loss"]["n"] == 6
@@ -66,7 +82,7 @@ def test_best_by_an_unknown_set_is_refused(tiny_model_dir: Path, tmp_path: Path)
 
 
 def test_adapters_from_stage_to_stage(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """`continue` trains the same adapter on its own base; `merge` starts a new one on the merged model; without lora the result is a model."""
+    """`continue` trains the same adapter on its own base; `merge` starts a new one on the merged model; no lora gives a model."""
     from posttrain.models.load import load_model
 
     first = run_stage(tmp_path / "a", "sft", TASKS, "verifiable", tiny_model_dir, **{**BASE, "lora": {"r": 4}})
@@ -81,7 +97,9 @@ def test_adapters_from_stage_to_stage(tiny_model_dir: Path, tmp_path: Path) -> N
     full = run_stage(tmp_path / "d", "sft", TASKS, "verifiable", given, **small)
     assert [ctx.meta["kind"] for ctx in (first, kept, merged, full)] == ["adapter", "adapter", "adapter", "model"]
     ids = torch.tensor([[5, 6, 7, 8]])
-    outputs = [load_model(folder).model(ids).logits for folder in (given, tmp_path / "b" / "out", tmp_path / "c" / "out", tmp_path / "d" / "out")]
+    outputs = [
+        load_model(folder).model(ids).logits for folder in (given, tmp_path / "b" / "out", tmp_path / "c" / "out", tmp_path / "d" / "out")
+    ]
     for other in outputs[1:]:
         assert torch.allclose(outputs[0], other, atol=1e-4)
     assert not torch.allclose(outputs[0], load_model(tiny_model_dir).model(ids).logits, atol=1e-4)
@@ -89,7 +107,13 @@ def test_adapters_from_stage_to_stage(tiny_model_dir: Path, tmp_path: Path) -> N
 
 def test_kl_reference_of_a_continued_adapter_is_the_stages_input(tiny_model_dir: Path, tmp_path: Path) -> None:
     run_stage(tmp_path / "a", "sft", TASKS, "verifiable", tiny_model_dir, **{**BASE, "steps": 2, "lora": {"r": 4}})
-    fields = {"group": 4, "rewards": [{"use": "length"}], "rollout": {"max_tokens": 4}, "beta": 0.1, "lora": {"r": 4, "on_input": "continue"}}
+    fields = {
+        "group": 4,
+        "rewards": [{"use": "length"}],
+        "rollout": {"max_tokens": 4},
+        "beta": 0.1,
+        "lora": {"r": 4, "on_input": "continue"},
+    }
     ctx = run_stage(tmp_path / "b", "grpo", TASKS, "verifiable", tmp_path / "a" / "out", **{**BASE, "steps": 1, **fields})
     (values,) = [e["values"] for e in ctx.seen if e["kind"] == "metrics" and "kl" in e["values"]]
     assert abs(values["kl"]) < 1e-6
@@ -151,8 +175,9 @@ def test_pass_through_block(tiny_model_dir: Path, tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_cannot_work_are_refused(method: str, fields: dict[str, Any], words: str) -> None:
-    from posttrain.core import registry
     from pydantic import ValidationError
+
+    from posttrain.core import registry
 
     with pytest.raises(ValidationError, match=words):
         registry.method(method).config.model_validate({"name": "s", "method": method, "steps": 1, **fields})

@@ -1,0 +1,138 @@
+"""Evaluation around and during training, and the best weights so far. An evaluation leaves every random generator as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from posttrain.config.common import BestCommit, TrainConfig
+from posttrain.core.context import StageContext
+from posttrain.core.durable import write_json
+from posttrain.errors import ArtifactError, ConfigError
+from posttrain.trainers._checkpoint import clear, mark_complete, read_checkpoint
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leaves Python's, numpy's and torch's generators as they were, so that an evaluation cannot change a run."""
+    python, arrays, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        torch.set_rng_state(cpu)
+        if gpu:
+            torch.cuda.set_rng_state_all(gpu)
+
+
+def evaluate_around(ctx: StageContext, when: str, model: Any, tokenizer: Any) -> None:
+    """Evaluation before or after training; the one before is kept in the work folder, so a resumed run does not repeat it."""
+    if not ctx.eval.get("sets"):
+        return
+    from posttrain.eval import around
+
+    kept = ctx.work / "eval-before.json"
+    if when == "before" and kept.is_file():
+        ctx.summary.setdefault("eval", {})["before"] = json.loads(kept.read_text(encoding="utf-8"))
+        return
+    with preserved_rng():
+        around(ctx, when, model, tokenizer)
+    found = ctx.summary.get("eval", {}).get(when)
+    if when == "before" and found is not None and ctx.world.main:
+        write_json(kept, found)
+
+
+class Watch(TrainerCallback):
+    """Evaluates every so many steps, and keeps the best weights in `work/best-STEP` for `commit: best`."""
+
+    def __init__(
+        self, cfg: TrainConfig, ctx: StageContext, trainer: Any, tokenizer: Any, measure: Callable[[Any, Any], dict[str, Any]]
+    ) -> None:
+        self.best, self.every = cfg.commit.best, cfg.eval.every
+        self.ctx, self.trainer, self.tokenizer, self.measure = ctx, trainer, tokenizer, measure
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Runs after the update, before a checkpoint of the same step."""
+        step = state.global_step
+        report = self.every is not None and step % self.every == 0
+        if not report and not (self.best and step % self.best.every == 0):
+            return
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        with preserved_rng():
+            found = self.measure(model, self.tokenizer)
+        model.train()
+        self.ctx.events.metrics(
+            step, {f"eval/{name}/{key}": value["value"] for name, metrics in found.items() for key, value in metrics.items()}
+        )
+        if self.best and step % self.best.every == 0:
+            self._keep(self.best, step, found)
+
+    def _keep(self, best: BestCommit, step: int, found: dict[str, Any]) -> None:
+        value, kept = _metric(found, best.metric), best_folder(self.ctx.work)
+        if not math.isfinite(value) or (kept and not better(best, value, read_checkpoint(kept).extra["value"])):
+            return
+        folder = self.ctx.work / f"best-{step}"
+        self.trainer.save_model(str(folder), _internal_call=True)
+        self.trainer.accelerator.wait_for_everyone()
+        if self.ctx.world.main:
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            mark_complete(folder, step, self.ctx.world.size, value=value)
+            for old in self.ctx.work.glob("best-*"):
+                if old != folder:
+                    clear(old)
+        self.trainer.accelerator.wait_for_everyone()
+        self.ctx.events.log(f"best {best.metric} so far: {value:.6g} at step {step}")
+
+
+def better(best: BestCommit, value: float, than: float) -> bool:
+    """Whether a value of the metric improves on another."""
+    smaller = best.mode == "min" or (best.mode == "auto" and best.metric.rpartition(".")[2] in ("loss", "perplexity"))
+    return value < than if smaller else value > than
+
+
+def _metric(found: dict[str, Any], name: str) -> float:
+    wanted, _, metric = name.rpartition(".")
+    try:
+        return float(found[wanted][metric]["value"])
+    except KeyError:
+        known = ", ".join(f"{key}.{inner}" for key, metrics in found.items() for inner in metrics)
+        raise ConfigError(f"no metric `{name}`", where="commit.best.metric", fix=f"use one of: {known}") from None
+
+
+def best_folder(work: Path) -> Path | None:
+    """The complete `best-STEP` folder of a run, or None."""
+    for folder in sorted(work.glob("best-*"), reverse=True):
+        try:
+            read_checkpoint(folder)
+        except ArtifactError:
+            continue
+        return folder
+    return None
+
+
+def watch(cfg: TrainConfig, ctx: StageContext, trainer: Any, tokenizer: Any) -> None:
+    if not cfg.commit.best and not cfg.eval.every:
+        return
+    from posttrain.eval import evaluate, load_eval_sets, validation_sets
+
+    sets = validation_sets(load_eval_sets(ctx))
+    if cfg.commit.best and cfg.commit.best.metric.rpartition(".")[0] not in {item.name for item in sets}:
+        raise ConfigError(
+            f"`{cfg.commit.best.metric}` names no validation set",
+            where=f"stages.{ctx.name}.commit.best.metric",
+            fix="use SET.METRIC of a set `from: SOURCE:validation`",
+        )
+    trainer.add_callback(
+        Watch(cfg, ctx, trainer, tokenizer, lambda model, tok: evaluate(model, tok, sets, seed=ctx.seed, batch=ctx.eval.get("batch", 64)))
+    )
