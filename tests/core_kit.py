@@ -84,7 +84,18 @@ class Home:
 
     def start(self, *args: object, **kwargs: Any) -> subprocess.Popen[str]:
         """`posttrain run` in a process of its own."""
-        command = [sys.executable, "-m", "posttrain", "run", str(self.file), "--plugin", "core_methods", "--runs", str(self.runs), *map(str, args)]
+        command = [
+            sys.executable,
+            "-m",
+            "posttrain",
+            "run",
+            str(self.file),
+            "--plugin",
+            "core_methods",
+            "--runs",
+            str(self.runs),
+            *map(str, args),
+        ]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder, **kwargs)
 
     def stages(self) -> dict[str, Path]:

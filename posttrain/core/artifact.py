@@ -54,17 +54,18 @@ def open_artifact(folder: Path) -> Artifact:
         raise ArtifactError("not a committed artifact: it has no manifest.json", where=str(folder), fix="run its pipeline again")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        files, kind, digest = manifest["files"], manifest["kind"], manifest["digest"]
+        kind, digest = manifest["kind"], manifest["digest"]
+        files = [(str(item["path"]), int(item["size"])) for item in manifest["files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"unreadable manifest ({error})", where=str(path), fix="delete the stage folder and run again") from None
     out = folder / OUT
-    for item in files:
-        file = out / item["path"]
+    for name, expected in files:
+        file = out / name
         size = file.stat().st_size if file.is_file() else None
-        if size != item["size"]:
+        if size != expected:
             found = "missing" if size is None else f"{size} bytes"
             raise ArtifactError(
-                f"damaged artifact: expected {item['size']} bytes, found {found}",
+                f"damaged artifact: expected {expected} bytes, found {found}",
                 where=str(file),
                 fix=f"delete {folder} and run again",
             )

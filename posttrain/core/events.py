@@ -34,9 +34,12 @@ def jsonable(value: Any) -> Any:
     return jsonable(str(value))
 
 
+_LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
+
+
 def dumps(value: Any, **kwargs: Any) -> str:
-    """Strict JSON text of `jsonable(value)`."""
-    return json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False, **kwargs)
+    """Strict JSON text of `jsonable(value)`; Unicode's other line ends are escaped, so a line stays one for every reader."""
+    return json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False, **kwargs).translate(_LINE_ENDS)
 
 
 class Events:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 Row = list[str]
@@ -75,9 +76,11 @@ def fact_rows(manifests: list[dict[str, Any]]) -> tuple[Row, list[Row]]:
     for m in manifests:
         s = m.get("summary", {})
         if "kl_reduction" in s:
-            rows.append([m["name"], "KL from the target, raw -> picked (nats)", number(s["kl_raw"]), number(s["kl_picked"])])
-            rows.append([m["name"], "the same, random pick of equal size -> picked", number(s["kl_random"]), number(s["kl_picked"])])
-            rows.append([m["name"], "KL reduction at equal size", "", number(s["kl_reduction_at_size"])])
+            rows.append([m["name"], "KL from the target, raw -> picked (nats)", number(s.get("kl_raw")), number(s.get("kl_picked"))])
+            rows.append(
+                [m["name"], "the same, random pick of equal size -> picked", number(s.get("kl_random")), number(s.get("kl_picked"))]
+            )
+            rows.append([m["name"], "KL reduction at equal size", "", number(s.get("kl_reduction_at_size"))])
         if "size_bytes_before" in s:
             rows.append([m["name"], "weights on disk", size(s["size_bytes_before"]), size(s.get("size_bytes"))])
     return ["stage", "figure", "before", "after"], rows
@@ -89,22 +92,29 @@ def run_table(manifests: list[dict[str, Any]]) -> str:
     return "\n\n".join(p for p in parts if p)
 
 
+def _value(metric: dict[str, Any] | None) -> float:
+    """A metric's value; NaN where it was not measured, and for the texts that stand for non-finite numbers."""
+    value = (metric or {}).get("value")
+    return math.nan if value is None else float(value)
+
+
+def _mean(values: list[float]) -> str:
+    return number(sum(values) / len(values))
+
+
 def seeds_table(runs: list[tuple[int, list[dict[str, Any]]]]) -> str:
     """After-values of every eval metric, one column a seed, with mean and range."""
-    seeds = [seed for seed, _ in runs]
     cells: dict[tuple[str, str, str], dict[int, tuple[float, float]]] = {}
     for seed, manifests in runs:
         for m in manifests:
             evaluation = m.get("summary", {}).get("eval", {})
             for name, metrics in evaluation.get("after", {}).items():
+                before = evaluation.get("before", {}).get(name, {})
                 for metric, value in metrics.items():
-                    old = evaluation.get("before", {}).get(name, {}).get(metric, {}).get("value", float("nan"))
-                    cells.setdefault((m["name"], name, metric), {})[seed] = (old, value["value"])
+                    cells.setdefault((m["name"], name, metric), {})[seed] = (_value(before.get(metric)), _value(value))
     rows = []
-    for (stage, name, metric), values in cells.items():
-        after = [v[1] for v in values.values()]
-        before = [v[0] for v in values.values()]
-        mean = lambda xs: number(sum(xs) / len(xs))  # noqa: E731
-        rows.append([stage, name, metric, mean(before), mean(after), f"{number(min(after))} to {number(max(after))}",
-                     *(number(values[s][1]) if s in values else "" for s in seeds)])  # fmt: skip
-    return render(["stage", "set", "metric", "before (mean)", "after (mean)", "range", *(f"seed {s}" for s in seeds)], rows)
+    for place, values in cells.items():
+        before, after = map(list, zip(*values.values(), strict=True))
+        span = f"{number(min(after))} to {number(max(after))}"
+        rows.append([*place, _mean(before), _mean(after), span, *(number(values[s][1]) if s in values else "" for s, _ in runs)])
+    return render(["stage", "set", "metric", "before (mean)", "after (mean)", "range", *(f"seed {s}" for s, _ in runs)], rows)

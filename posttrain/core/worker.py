@@ -159,12 +159,12 @@ def _manifest(spec: dict[str, Any], method: registry.Method, cfg: Any, ctx: Stag
     inputs = [_origin(r) for refs in ctx.inputs.values() for r in refs]
     meta = dict(ctx.meta)
     if method.rows and "row_type" not in meta:
-        meta["row_type"] = (
-            method.rows if isinstance(method.rows, str) else method.rows(cfg, {p: r[0].rows for p, r in ctx.inputs.items() if r})
-        )
+        rows = {port: refs[0].rows for port, refs in ctx.inputs.items() if refs and refs[0].rows}
+        meta["row_type"] = method.rows if isinstance(method.rows, str) else method.rows(cfg, rows)
     return {
         "schema": SCHEMA, "kind": meta.pop("kind", method.output), "key": spec["key"], "name": spec["name"],
-        "method": method.name, "method_version": method.version, "inputs": inputs, "heldout": [_origin(r) for r in ctx.heldout], "seed": spec["seed"],
+        "method": method.name, "method_version": method.version, "seed": spec["seed"],
+        "inputs": inputs, "heldout": [_origin(r) for r in ctx.heldout],
         "code": code_version(), "packages": package_versions(), "attempts": spec["attempt"],
         "started": round(started, 3), "ended": round(time.time(), 3), "seconds": round(time.time() - started, 3),
         "summary": ctx.summary, "meta": meta,
@@ -223,7 +223,7 @@ def _failure(error: BaseException) -> tuple[int, str]:
         print(format_error(error), file=sys.stderr)
         return error.exit_code, str(error)
     if isinstance(error, _Stopped | KeyboardInterrupt):
-        return EXIT_PREEMPTED, f"stopped by {error or 'SIGINT'}"
+        return EXIT_PREEMPTED, f"stopped by {str(error) or 'SIGINT'}"
     traceback.print_exception(error)
     if type(error).__name__ == "OutOfMemoryError":
         return 1, _out_of_memory("the GPU's memory")
@@ -277,7 +277,8 @@ def _stoppable() -> Iterator[None]:
 
 
 def _out_of_memory(what: str) -> str:
-    return f"{what} is used up\n  fix: lower batch.per_device, then data.max_length (or rollout.max_tokens), or set model.gradient_checkpointing: true"
+    knobs = "lower batch.per_device, then data.max_length (or rollout.max_tokens), or set model.gradient_checkpointing: true"
+    return f"{what} is used up\n  fix: {knobs}"
 
 
 def main(argv: list[str]) -> int:

@@ -20,6 +20,9 @@ from posttrain.core.worker import guarded
 from posttrain.errors import ConfigError
 
 
+ALL = Selection()
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     core_kit.prepare(monkeypatch, tmp_path)
@@ -27,12 +30,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     return Home(tmp_path)
 
 
-def plan(home: Home, *overrides: str, selection: Selection = Selection()) -> dict[str, PlannedStage]:
+def plan(home: Home, *overrides: str, selection: Selection = ALL) -> dict[str, PlannedStage]:
     pipeline = load_pipeline(home.file, overrides)
     return {s.name: s for s in make_plan(pipeline, run_dir(pipeline, str(home.runs)), selection)}
 
 
-def commit_all(home: Home, *overrides: str, selection: Selection = Selection()) -> dict[str, PlannedStage]:
+def commit_all(home: Home, *overrides: str, selection: Selection = ALL) -> dict[str, PlannedStage]:
     """Runs what is to be run, in this process."""
     from posttrain.core.launch import prepare
 
@@ -235,9 +238,25 @@ def test_differences_are_told_in_the_words_of_the_file() -> None:
 def test_keys_do_not_depend_on_the_hash_seed_or_the_folder(home: Home) -> None:
     keys = set()
     for seed, cwd in (("0", home.folder), ("1", Path("/")), ("2", home.folder.parent)):
-        command = [sys.executable, "-m", "posttrain", "plan", str(home.file), "--json", "--plugin", "core_methods", "--runs", str(home.runs)]
+        command = [
+            sys.executable,
+            "-m",
+            "posttrain",
+            "plan",
+            str(home.file),
+            "--json",
+            "--plugin",
+            "core_methods",
+            "--runs",
+            str(home.runs),
+        ]
         done = subprocess.run(
-            command, cwd=cwd, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": core_kit.PATH}
+            command,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": core_kit.PATH},
         )
         keys.add(tuple(item["key"] for item in json.loads(done.stdout)))
     assert len(keys) == 1
