@@ -19,7 +19,7 @@ from posttrain.core.context import StageContext
 from posttrain.data.chat import scan_prompts
 from posttrain.data.dataset import repeat_rows, training_rows
 from posttrain.data.rows import place_of, prompt_messages
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, RewardError
 from posttrain.models.load import LoadedModel
 from posttrain.models.save import save_model
 from posttrain.rewards import failures, find_reward, get_reward
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from posttrain.trainers.grpo import GRPOStage, RewardUse
 
 INDEX = "row_index"
+FAILURE_SHARE = 0.05
+FAILURE_ROWS = 64
 Row = dict[str, Any]
 
 
@@ -55,7 +57,25 @@ def reward_functions(uses: Sequence[RewardUse], rows: Sequence[Row]) -> list[Cal
 
 
 def _reward_function(use: RewardUse, rows: Sequence[Row]) -> Callable[..., list[float | None]]:
-    checked = get_reward(use.use)
+    _check_columns(use, rows)
+    checked, judged = get_reward(use.use), 0
+    names = sorted({key for row in rows for key in row} - {"prompt", "id"})
+
+    def scored(completions: list[Any], prompts: list[Any], **extra: Any) -> list[float | None]:
+        nonlocal judged
+        chosen = [rows[i] for i in extra[INDEX]]
+        columns = {name: [row.get(name) for row in chosen] for name in names}
+        renamed = {name: [row.get(theirs) for row in chosen] for name, theirs in use.columns.items()}
+        values = checked(completions, **{**columns, **renamed, "prompts": prompts, "completion_ids": extra["completion_ids"]})
+        judged += len(values)
+        _stop_on_failures(use.use, judged)
+        return values
+
+    scored.__name__ = use.use
+    return scored
+
+
+def _check_columns(use: RewardUse, rows: Sequence[Row]) -> None:
     needed = {name: use.columns.get(name, name) for name in find_reward(use.use).columns}
     for row in rows:
         for name, theirs in needed.items():
@@ -66,16 +86,17 @@ def _reward_function(use: RewardUse, rows: Sequence[Row]) -> Callable[..., list[
                     where=place_of(row),
                     fix=f"set rewards[].columns: {{{name}: THEIR_NAME}}",
                 )
-    names = sorted({key for row in rows for key in row} - {"prompt", "id"})
 
-    def scored(completions: list[Any], prompts: list[Any], **extra: Any) -> list[float | None]:
-        chosen = [rows[i] for i in extra[INDEX]]
-        columns = {name: [row.get(name) for row in chosen] for name in names}
-        renamed = {name: [row.get(theirs) for row in chosen] for name, theirs in use.columns.items()}
-        return checked(completions, **{**columns, **renamed, "prompts": prompts, "completion_ids": extra["completion_ids"]})
 
-    scored.__name__ = use.use
-    return scored
+def _stop_on_failures(name: str, judged: int) -> None:
+    """Ends a run whose reward mostly cannot judge: what it leaves out is not a random sample."""
+    failed = sum(count for key, count in failures().items() if key.startswith(f"{name}."))
+    if judged >= FAILURE_ROWS and failed > FAILURE_SHARE * judged:
+        raise RewardError(
+            f"reward `{name}` failed on {failed} of {judged} completions, more than {FAILURE_SHARE:.0%}: {failures()}",
+            where=f"rewards.{name}",
+            fix="mend the rows' gold answers or the reward, or drop the rows it cannot judge",
+        )
 
 
 def prompt_dataset(rows: Sequence[Row], prompt_ids: Sequence[list[int]], order: Sequence[int], chat: bool) -> Dataset:

@@ -15,8 +15,10 @@ read by torch with `weights_only=True`, and only from folders that carry our mar
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,6 +278,24 @@ class Reliable(SafeCheckpoint, NumericsGuard):
         self._load_from_checkpoint(str(checkpoint.path))
         self.state = type(self.state).load_from_json(str(checkpoint.path / "trainer_state.json"))
         return TrainOutput(checkpoint.step, float("nan"), {})
+
+
+def spare_vllm() -> None:
+    """Imports TRL's GRPO without vLLM, for a process in which TRL never generates with it.
+
+    TRL imports vLLM (10 s on a CPU, hundreds of megabytes) wherever it is installed, asked for or not. To be removed once
+    TRL imports it only for `use_vllm`.
+    """
+    if "trl.trainer.grpo_trainer" in sys.modules:
+        return
+    from trl import import_utils
+
+    given = import_utils.is_vllm_available
+    import_utils.is_vllm_available = lambda *_args, **_kwargs: False
+    try:
+        importlib.import_module("trl.trainer.grpo_trainer")
+    finally:
+        import_utils.is_vllm_available = given
 
 
 def policy_logps(trainer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -109,6 +109,9 @@ def estimate(cfg: GRPOStage) -> dict[str, float]:
 )
 def run(cfg: GRPOStage, ctx: StageContext) -> None:
     """Reinforces `ctx.inputs["model"]` on the tasks of `ctx.inputs["data"]`."""
+    from posttrain.trainers._trl import spare_vllm
+
+    spare_vllm()
     from posttrain.trainers._grpo_run import run_grpo
 
     run_grpo(cfg, ctx)

@@ -120,3 +120,15 @@ def test_public_names_are_reached_lazily() -> None:
     assert issubclass(SFTTrainer, trl.SFTTrainer)
     extra = set(inspect.signature(GRPOTrainer.__init__).parameters) - {"self", "args", "kwargs"}
     assert extra == {"engine", "correction", "correction_cap"}
+
+
+def test_vllm_is_not_imported_for_a_stage() -> None:
+    """TRL's switch still exists; in a fresh process a GRPO stage's imports bring no vLLM."""
+    import subprocess
+    import sys
+
+    code = (
+        "from posttrain.trainers._trl import spare_vllm; spare_vllm(); import posttrain.trainers._grpo, sys;"
+        "import trl.import_utils as u; assert u.is_vllm_available.__module__ == 'trl.import_utils'; sys.exit('vllm' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

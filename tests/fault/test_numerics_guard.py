@@ -123,6 +123,35 @@ def test_nan_reward_in_a_stage(tiny_model_dir: Path, tmp_path: Path, monkeypatch
     assert error.value.exit_code in (3, 5)
 
 
+def test_reward_that_often_fails_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R9: more than 5 % failures end the run; fewer are counted and left out, never scored 0."""
+    from dataclasses import replace
+
+    from posttrain.errors import RewardError
+    from posttrain.rewards import failures, find_reward, registry
+    from posttrain.trainers._grpo_run import reward_functions
+    from posttrain.trainers.grpo import RewardUse
+
+    def fragile(completions: list[str], **_: Any) -> list[float]:
+        if any("boom" in text for text in completions):
+            raise ValueError("boom")
+        return [1.0] * len(completions)
+
+    monkeypatch.setitem(registry._REWARDS, "length", replace(find_reward("length"), function=fragile))
+    failures(reset=True)
+    rows = [{"id": "0", **TASKS[0]}]
+    (scored,) = reward_functions([RewardUse(use="length")], rows)
+
+    def call(bad: int) -> list[float | None]:
+        texts = ["boom"] * bad + ["fine"] * (100 - bad)
+        return scored(completions=texts, prompts=[""] * 100, row_index=[0] * 100, completion_ids=[[1]] * 100)
+
+    assert call(4)[:5] == [None, None, None, None, 1.0]
+    with pytest.raises(RewardError, match="11 of 200"):
+        call(7)
+    failures(reset=True)
+
+
 def test_no_trainable_parameter_is_refused(tiny_model_dir: Path) -> None:
     from trainer_kit import load
 
