@@ -177,6 +177,21 @@ def build(
     return trainer, plan
 
 
+def last_samples(trainer: GRPOTrainer, limit: int = 8) -> list[dict[str, Any]]:
+    """Prompt, completion, rewards and advantage of a few completions of the last generation batch."""
+    logs = trainer._logs
+    every = max(len(logs["prompt"]) // limit, 1)
+    return [
+        {
+            "prompt": logs["prompt"][i],
+            "completion": logs["completion"][i],
+            **{name: values[i] for name, values in logs["rewards"].items()},
+            "advantage": logs["advantages"][i],
+        }
+        for i in range(0, len(logs["prompt"]), every)
+    ][:limit]
+
+
 def run_grpo(cfg: GRPOStage, ctx: StageContext) -> None:
     """The stage `grpo`; see `grpo.py`."""
     for use in cfg.rewards:
@@ -196,4 +211,4 @@ def run_grpo(cfg: GRPOStage, ctx: StageContext) -> None:
     describe(ctx, plan, f"completions in groups of {cfg.group}")
     failures(reset=True)
     train_and_commit(trainer, cfg, ctx, loaded)
-    ctx.summary["reward_failures"] = failures()
+    ctx.summary.update(reward_failures=failures(), samples=last_samples(trainer))

@@ -50,6 +50,8 @@ def test_stage_resumes_to_the_same_bytes(tiny_model_dir: Path, tmp_path: Path, f
     ctx = run_stage(tmp_path / "b", "grpo", TASKS[:7], "verifiable", tiny_model_dir, **fields)
     assert digest(tmp_path / "b" / "out") == digest(tmp_path / "a" / "out")
     assert ctx.summary["tokens"] == whole.summary["tokens"]
+    assert ctx.summary["samples"] == whole.summary["samples"]
+    assert {"prompt", "completion", "length", "advantage"} <= set(ctx.summary["samples"][0])
     logged = [event["values"] for event in ctx.seen if event["kind"] == "metrics"]
     versions = [int(values["rollout/version"]) for values in logged if "rollout/version" in values]
     assert versions == ([3, 4, 5] if "lora" not in fields else [4])
