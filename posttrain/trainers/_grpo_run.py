@@ -30,6 +30,7 @@ from posttrain.trainers._train import (
     describe,
     epoch_order,
     global_rows,
+    is_sharded,
     load_for_training,
     make_schedule,
     peft_config,
@@ -209,6 +210,13 @@ def run_grpo(cfg: GRPOStage, ctx: StageContext) -> None:
     _set_reference(cfg, ctx, loaded)
     trainer, plan = build(cfg, ctx, loaded, rows, prompt_ids, report["format"] == "chat")
     describe(ctx, plan, f"completions in groups of {cfg.group}")
+    where = f"stages.{ctx.name}"
+    if cfg.rollout.engine == "hf" and is_sharded(trainer, where):
+        raise ConfigError(
+            "the hf engine samples from whole weights, these are sharded (FSDP, ZeRO-3)",
+            where=f"{where}.launch",
+            fix="use ddp.yaml or zero2.yaml",
+        )
     failures(reset=True)
     train_and_commit(trainer, cfg, ctx, loaded)
     ctx.summary.update(reward_failures=failures(), samples=last_samples(trainer))

@@ -12,12 +12,14 @@ a resume in the middle of an epoch can change which rows a step sees, and there 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from transformers.utils import logging as hf_logging
 
 from posttrain.config.common import BatchConfig, LoraConfig, TrainConfig
@@ -196,9 +198,46 @@ def check_trainable(model: Any, where: str) -> int:
     return count
 
 
+def is_sharded(trainer: Any, where: str) -> bool:
+    """Whether the weights are split over the processes (FSDP, ZeRO-3).
+
+    Raises:
+        ConfigError: FSDP was asked for, but accelerate fell back to plain data parallelism, as it does without a GPU.
+    """
+    kind = trainer.accelerator.distributed_type
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and kind != DistributedType.FSDP:
+        raise ConfigError(
+            f"the launcher asked for FSDP, accelerate runs {kind.value}",
+            where=f"{where}.launch",
+            fix="FSDP needs GPUs; use torchrun on a CPU",
+        )
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return kind == DistributedType.FSDP or (kind == DistributedType.DEEPSPEED and plugin is not None and plugin.zero_stage == 3)
+
+
+def whole_model(trainer: Any, sharded: bool) -> Any:
+    """The trained model in one piece: the live one, or on rank 0 a CPU copy gathered from the shards (None on the others)."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not sharded:
+        return model
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.accelerator.is_main_process:
+        return None
+    whole = type(model)(model.config).to(model.dtype)
+    whole.load_state_dict(state, strict=not model.config.tie_word_embeddings)
+    whole.generation_config = model.generation_config
+    return whole
+
+
 def train_and_commit(trainer: Any, cfg: TrainConfig, ctx: StageContext, loaded: LoadedModel) -> None:
     """Trains (resuming where a complete checkpoint exists), evaluates, and writes the model or adapter into `ctx.out`."""
-    count = check_trainable(trainer.model, f"stages.{ctx.name}.lora")
+    where = f"stages.{ctx.name}"
+    sharded = is_sharded(trainer, where)
+    if sharded and cfg.lora:
+        raise ConfigError(
+            "LoRA with sharded weights (FSDP, ZeRO-3) is not supported", where=f"{where}.lora", fix="use ddp.yaml or zero2.yaml"
+        )
+    count = check_trainable(trainer.model, f"{where}.lora")
     base = loaded.base if attached(loaded.model) else loaded.source
     ctx.events.log(f"{count:,} trainable parameters")
     watch(cfg, ctx, trainer, loaded.tokenizer)
@@ -209,11 +248,12 @@ def train_and_commit(trainer: Any, cfg: TrainConfig, ctx: StageContext, loaded: 
     if best:
         trainer._load_from_checkpoint(str(best))
         ctx.summary["best"] = {"step": read_checkpoint(best).step, "value": read_checkpoint(best).extra["value"]}
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = whole_model(trainer, sharded)
     if attached(model) and "ref" in model.peft_config:
         model.delete_adapter("ref")
-    model.gradient_checkpointing_disable()
-    model.eval()
+    if model is not None:
+        model.gradient_checkpointing_disable()
+        model.eval()
     ctx.summary.update(steps=trainer.state.global_step, parameters_trained=count, seconds_train=round(seconds, 3))
     if ctx.summary.setdefault("tokens", trainer.state.num_input_tokens_seen):
         ctx.summary["tokens_per_s"] = round(ctx.summary["tokens"] / max(seconds, 1e-9), 1)

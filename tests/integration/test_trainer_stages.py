@@ -129,6 +129,32 @@ def test_kl_reference_of_a_merged_adapter_is_written_out(tiny_model_dir: Path, t
     assert (tmp_path / "b" / "work" / "reference" / "model.safetensors").is_file()
 
 
+def test_fsdp_without_a_gpu_is_refused(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate would silently run something else."""
+    from posttrain.errors import ConfigError
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="asked for FSDP"):
+        run_stage(tmp_path, "sft", CHATS, "messages", tiny_model_dir, **BASE)
+
+
+def test_gathered_weights_make_a_whole_model(tiny_model_dir: Path) -> None:
+    from types import SimpleNamespace
+
+    from trainer_kit import load
+
+    from posttrain.trainers._train import whole_model
+
+    model, _ = load(tiny_model_dir)
+    accelerator = SimpleNamespace(unwrap_model=lambda m: m, get_state_dict=lambda m: m.state_dict(), is_main_process=True)
+    trainer = SimpleNamespace(model=model, model_wrapped=model, accelerator=accelerator)
+    whole = whole_model(trainer, sharded=True)
+    assert whole is not model
+    assert same(dict(whole.state_dict()), dict(model.state_dict()))
+    accelerator.is_main_process = False
+    assert whole_model(trainer, sharded=True) is None
+
+
 def test_schedule() -> None:
     from posttrain.errors import ConfigError
     from posttrain.trainers._train import epoch_order, make_schedule
