@@ -6,6 +6,7 @@ from pathlib import Path
 
 from posttrain.core.plan import PlannedStage
 from posttrain.core.registry import MODEL_KINDS
+from posttrain.core.rundir import RunDir, read_json, read_manifest
 
 CHECKPOINT_COPIES = 3.0
 ADAPTER_SHARE = 0.2
@@ -17,10 +18,8 @@ def _folder_bytes(path: Path) -> int:
 
 def _earlier_seconds(stage: PlannedStage) -> float | None:
     """Seconds of an earlier run of the stage under any key, in proportion to the steps."""
-    from posttrain.core.rundir import RunDir, read_json
-
     for folder in RunDir(stage.folder.parent.parent).siblings(stage.name):
-        manifest, spec = read_json(folder / "manifest.json"), read_json(folder / "config.json")
+        manifest, spec = read_manifest(folder), read_json(folder / "config.json")
         if manifest and spec:
             before, now = spec["config"].get("steps"), getattr(stage.config, "steps", None)
             return float(manifest["seconds"]) * (now / before if now and before else 1.0)

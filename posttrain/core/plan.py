@@ -18,7 +18,7 @@ from posttrain.core.artifact import OUT, InputRef
 from posttrain.core.events import dumps
 from posttrain.core.hashing import digest_of
 from posttrain.core.registry import Method
-from posttrain.core.rundir import RunDir, changed_input, is_committed, read_json
+from posttrain.core.rundir import RunDir, changed_input, is_committed, read_json, read_manifest
 from posttrain.errors import ConfigError, Problem
 
 HELD_OUT = ("validation", "test")
@@ -102,9 +102,10 @@ def _fill(ref: InputRef, done: dict[str, PlannedStage], holding: dict[str, Any])
     """A wired reference with key, path and digest."""
     if ref.origin == "stage":
         producer = done[ref.name]
-        manifest = read_json(producer.folder / "manifest.json") or {}
         spec = holding if ref.kind != "dataset" else {}
-        return replace(ref, key=producer.key, path=str(producer.folder / OUT), digest=manifest.get("digest", ""), spec=spec)
+        return replace(
+            ref, key=producer.key, path=str(producer.folder / OUT), digest=read_manifest(producer.folder).get("digest", ""), spec=spec
+        )
     if ref.origin == "source":
         from posttrain.data.dataset import source_digest
 

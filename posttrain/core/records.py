@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.core.artifact import MANIFEST
-from posttrain.core.rundir import RunDir, read_json
+from posttrain.core.rundir import RunDir, read_json, read_manifest
 
 Curve = list[tuple[float, float]]
 
@@ -59,7 +58,7 @@ def _dict(path: Path) -> dict[str, Any]:
 
 def read_stage(folder: Path) -> StageRecord:
     """The record of one stage folder."""
-    return StageRecord(folder, _dict(folder / MANIFEST), _dict(folder / "config.json"), _dict(folder / "env.json"))
+    return StageRecord(folder, read_manifest(folder), _dict(folder / "config.json"), _dict(folder / "env.json"))
 
 
 def read_stages(run: RunDir) -> list[StageRecord]:

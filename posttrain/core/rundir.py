@@ -92,9 +92,15 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Manifest of a stage folder; empty if there is none, or one that cannot be read."""
+    found = read_json(folder / MANIFEST)
+    return found if isinstance(found, dict) and {"kind", "digest", "files"} <= found.keys() else {}
+
+
 def made_from(folder: Path) -> list[dict[str, Any]]:
     """What a stage's result, or else the work of its unfinished attempt, was made from: {port, name, split, digest} each."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_manifest(folder)
     if manifest:
         return [*manifest.get("inputs", []), *manifest.get("heldout", [])]
     return read_json(folder / "work" / INPUTS) or []

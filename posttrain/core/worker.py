@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -220,17 +220,23 @@ def _spec(folder: Path) -> dict[str, Any]:
 def _failure(error: BaseException) -> tuple[int, str]:
     """(exit code, text) of what ended a stage; prints the traceback of what nobody expected."""
     if isinstance(error, PosttrainError):
-        print(format_error(error), file=sys.stderr)
+        _say(format_error(error))
         return error.exit_code, str(error)
     if isinstance(error, _Stopped | KeyboardInterrupt):
         return EXIT_PREEMPTED, f"stopped by {str(error) or 'SIGINT'}"
-    traceback.print_exception(error)
+    _say("".join(traceback.format_exception(error)))
     if type(error).__name__ == "OutOfMemoryError":
         return 1, _out_of_memory("the GPU's memory")
     if isinstance(error, MemoryError):
         return 1, _out_of_memory("the machine's memory")
     text = " ".join(str(error).split())
     return 1, f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__
+
+
+def _say(text: str) -> None:
+    """A text for the log, which may lie on the very disk that is full."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def guarded(folder: Path) -> int:
@@ -246,14 +252,14 @@ def guarded(folder: Path) -> int:
         with _stoppable():
             run_stage(folder)
     except BaseException as error:
-        code, text = _failure(error)
         if rank.main:
             shutil.rmtree(folder / "out.tmp", ignore_errors=True)
+        code, text = _failure(error)
     attempt = (read_json(folder / "config.json") or {}).get("attempt", 0)
     try:
         write_json(folder / "attempts" / str(attempt) / f"exit-{rank.rank}.json", {"code": code, "error": redact(text)})
     except ArtifactError as error:
-        print(format_error(error), file=sys.stderr)
+        _say(format_error(error))
     return code
 
 

@@ -40,7 +40,7 @@ def suffix_of(path: Path | str) -> str | None:
 def expand_shards(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Files behind names, folders (searched recursively, hidden files left out) and globs, in sorted order each.
 
-    A name that exists is taken as it is, whatever characters it has; only then is it tried as a glob. A file reached
+    Of a folder that a stage wrote (`dataset.json` beside `rows-00000...`) only the rows are taken, not the scores beside them. A name that exists is taken as it is, whatever characters it has; only then is it tried as a glob. A file reached
     twice is read once.
 
     Raises:
@@ -56,7 +56,8 @@ def expand_shards(paths: str | Path | Iterable[str | Path]) -> list[Path]:
 def _expand(text: str) -> list[Path]:
     path = Path(text)
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and suffix_of(f) and not _hidden(f, path))
+        rows = list(path.glob("rows-[0-9]*")) if (path / "dataset.json").is_file() else []
+        files = sorted(f for f in rows or path.rglob("*") if f.is_file() and suffix_of(f) and not _hidden(f, path))
         if not files:
             raise DataError("the folder holds no shards", where=text, fix=f"known formats: {', '.join(SUFFIXES)}")
         return files

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from posttrain.core.artifact import OUT
+from posttrain.config.fields import nearest
+from posttrain.core.artifact import MANIFEST, OUT
 from posttrain.core.display import clock
 from posttrain.core.events import dumps
 from posttrain.core.hashing import file_digest
-from posttrain.core.rundir import RunDir, is_committed, lock, read_json, runs_root
+from posttrain.core.rundir import RunDir, is_committed, lock, read_json, read_manifest, runs_root
 from posttrain.core.table import render, size
 from posttrain.errors import ArtifactError
 
@@ -28,7 +30,9 @@ def find_run(name: str, runs: str | None) -> RunDir:
             return RunDir(path.absolute())
     root = runs_root(runs)
     known = sorted(p.name for p in root.iterdir() if (p / "stages").is_dir()) if root.is_dir() else []
-    raise ArtifactError(f"no run `{name}`", where=str(root), fix=f"runs there: {', '.join(known) or 'none'}")
+    near = nearest(name, known)
+    fix = f"did you mean `{near}`?" if near else f"runs there: {', '.join(known) or 'none'}"
+    raise ArtifactError(f"no run `{name}`", where=str(root), fix=fix)
 
 
 def _stage_folders(run: RunDir) -> list[Path]:
@@ -47,19 +51,27 @@ def ls(args: argparse.Namespace) -> int:
         rows = [[r.path.name, f"{sum(map(is_committed, _stage_folders(r)))}/{len(_stage_folders(r))}", size(_bytes(r.path))] for r in runs]
         print(render(["run", "committed", "on disk"], rows) or f"no runs in {root}")
         return 0
-    rows = []
-    for folder in _stage_folders(find_run(args.run, args.runs)):
-        manifest = read_json(folder / "manifest.json") or {}
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest["ended"])) if manifest else "unfinished"
-        rows.append([folder.name, manifest.get("kind", ""), clock(manifest.get("seconds", 0)), size(_bytes(folder)), made])
-    print(render(["stage", "kind", "time", "on disk", "made"], rows))
+    print(render(["stage", "kind", "time", "on disk", "made"], [_listed(f) for f in _stage_folders(find_run(args.run, args.runs))]))
     return 0
 
 
+def _listed(folder: Path) -> list[str]:
+    manifest = read_manifest(folder)
+    if not manifest:
+        return [folder.name, "", "", size(_bytes(folder)), "unfinished"]
+    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.get("ended", 0)))
+    return [folder.name, manifest.get("kind", "?"), clock(manifest.get("seconds", 0)), size(_bytes(folder)), made]
+
+
 def _find_stage(run: RunDir, name: str) -> Path:
-    found = [p for p in _stage_folders(run) if p.name == name or p.name.split("-", 1)[1].rsplit("-", 1)[0] == name]
+    there = _stage_folders(run)
+    found = [p for p in there if p.name == name or re.fullmatch(rf"\d+-{re.escape(name)}-[0-9a-f]{{10}}", p.name)]
     if not found:
-        raise ArtifactError(f"no stage `{name}`", where=str(run.path), fix=f"stages: {', '.join(p.name for p in _stage_folders(run))}")
+        names = dict.fromkeys(p.name.partition("-")[2].rpartition("-")[0] for p in there)
+        near = nearest(name, names)
+        raise ArtifactError(
+            f"no stage `{name}`", where=str(run.path), fix=f"did you mean `{near}`?" if near else f"stages: {', '.join(names)}"
+        )
     return max(found, key=lambda p: p.stat().st_mtime)
 
 
@@ -72,29 +84,35 @@ def show(args: argparse.Namespace) -> int:
 
 
 def _describe(folder: Path) -> str:
-    manifest = read_json(folder / "manifest.json")
-    if manifest is None:
-        return f"{folder.name}: not committed; log {folder}/attempts"
-    lines = [f"{folder.name}", f"  {manifest['kind']} by {manifest['method']} v{manifest['method_version']}, seed {manifest['seed']}, "
-             f"{clock(manifest['seconds'])}, attempt {manifest['attempts']}", f"  digest {manifest['digest']}"]  # fmt: skip
-    lines += [
-        f"  in.{i['port']}: {i['name']}{'' if i['split'] == 'train' else ':' + i['split']}  {i['digest'][:16]}" for i in manifest["inputs"]
-    ]
-    lines += [f"  {size(f['size']):>12}  {folder / OUT / f['path']}" for f in manifest["files"]]
-    return "\n".join([*lines, "  " + dumps(manifest["summary"])[:2000]])
+    manifest = read_manifest(folder)
+    if not manifest:
+        return f"{folder.name}: not committed; logs in {folder / 'attempts'}"
+    try:
+        return "\n".join([folder.name, *_facts(manifest, folder / OUT)])
+    except (KeyError, TypeError) as error:
+        return f"{folder.name}: unreadable manifest ({type(error).__name__}: {error}); delete the folder and run again"
+
+
+def _facts(m: dict[str, Any], out: Path) -> list[str]:
+    head = f"  {m['kind']} by {m['method']} v{m['method_version']}, seed {m['seed']}, {clock(m['seconds'])}, attempt {m['attempts']}"
+    inputs = [f"  in.{i['port']}: {i['name']}{'' if i['split'] == 'train' else ':' + i['split']}  {i['digest'][:16]}" for i in m["inputs"]]
+    files = [f"  {size(f['size']):>12}  {out / f['path']}" for f in m["files"]]
+    return [head, f"  digest {m['digest']}", *inputs, *files, "  " + dumps(m["summary"])[:2000]]
 
 
 def damaged(folder: Path) -> list[str]:
-    """What does not agree with the manifest; empty if all is well."""
-    manifest: dict[str, Any] = read_json(folder / "manifest.json") or {"files": []}
+    """What of a committed stage does not agree with its manifest; empty if all is well."""
     found = []
-    for item in manifest["files"]:
-        path = folder / OUT / item["path"]
+    try:
+        files = [(folder / OUT / item["path"], item["size"], item["sha256"]) for item in read_manifest(folder)["files"]]
+    except (KeyError, TypeError):
+        return [f"{folder / MANIFEST}: unreadable"]
+    for path, expected, sha256 in files:
         if not path.is_file():
             found.append(f"{path}: missing")
-        elif path.stat().st_size != item["size"]:
-            found.append(f"{path}: expected {item['size']} bytes, found {path.stat().st_size}")
-        elif file_digest(path) != item["sha256"]:
+        elif path.stat().st_size != expected:
+            found.append(f"{path}: expected {expected} bytes, found {path.stat().st_size}")
+        elif file_digest(path) != sha256:
             found.append(f"{path}: its bytes have changed since it was committed")
     return found
 
@@ -123,9 +141,9 @@ def prune(args: argparse.Namespace) -> int:
             total += _bytes(path)
             print(f"{'would delete' if args.dry_run else 'deleting'} {path} ({size(_bytes(path))})")
             if not args.dry_run:
-                (path / "manifest.json").unlink(missing_ok=True)
+                (path / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path)
-        print(f"{size(total)} {'would be' if args.dry_run else ''} freed".replace("  ", " "))
+        print(f"{size(total)} {'would be freed' if args.dry_run else 'freed'}")
     return 0
 
 

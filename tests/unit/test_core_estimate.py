@@ -46,7 +46,7 @@ def test_seconds_come_from_an_earlier_run_in_proportion_to_the_steps(tmp_path: P
     stage = planned(tmp_path, made=lambda cfg: {"seconds": 5.0})
     old = RunDir(tmp_path / "run").stage_dir(0, "sft", "f" * 10)
     old.mkdir(parents=True)
-    (old / "manifest.json").write_text(json.dumps({"seconds": 30}))
+    (old / "manifest.json").write_text(json.dumps({"kind": "model", "digest": "d", "files": [], "seconds": 30}))
     (old / "config.json").write_text(json.dumps({"config": {"steps": 20}}))
     assert estimate(stage)["seconds"] == 15
 
