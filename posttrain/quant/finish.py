@@ -74,6 +74,7 @@ def _engine(ctx: StageContext, model: Any, bits: int, wanted: str) -> dict[str, 
     found = check_engine(ctx.out, model)
     ctx.events.log(
         f"vLLM agrees on {found['agree']:.0%} of {found['tokens']} tokens, log-probabilities within {found['max_logprob_diff']:.3g}"
+        + (" (dense products: its 4-bit CPU kernel needs AVX-512)" if found["kernel"] == "dense" else "")
     )
     return {"engine_check": found}
 
