@@ -113,7 +113,8 @@ class DataConfig(Strict):
     packing: bool = False
     """Fill sequences of `max_length` with several rows (SFT)."""
     group_by_length: bool = False
-    """Put rows of similar length into one batch, which saves padding; batches still come in random order (SFT)."""
+    """Sort the rows of each optimizer step by length, so that its passes of `per_device` rows pad little (SFT); the step's
+    loss and gradient stay the same up to rounding."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Tokens that carry loss in rows with a prompt; text rows always carry loss everywhere."""
     weights: Literal["ignore", "repeat", "loss"] = "ignore"

@@ -13,8 +13,10 @@ def render(header: Row, rows: list[Row]) -> str:
     if not rows:
         return ""
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-    line = lambda r: "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))).rstrip()  # noqa: E731
-    return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, rows)])
+    lines = [header, ["-" * w for w in widths], *rows]
+    return "\n".join(
+        "  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:], strict=True))]).rstrip() for r in lines
+    )
 
 
 def number(value: Any, digits: int = 3) -> str:

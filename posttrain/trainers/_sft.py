@@ -167,7 +167,7 @@ def build(
     plan = make_schedule(cfg, len(dataset) / rows, ctx.world.size, f"stages.{ctx.name}")
     order = epoch_order(len(dataset), plan.steps * plan.rows, ctx.seed)
     if cfg.data.group_by_length:
-        order = grouped_order(order, [len(ids) for ids in dataset["input_ids"]], plan.rows, ctx.seed)
+        order = grouped_order(order, [len(ids) for ids in dataset["input_ids"]], plan.rows)
     ctx.summary.update(token_facts(dataset, order))
     args = trl_arguments(
         trl.SFTConfig, cfg, ctx, plan, loaded.model,

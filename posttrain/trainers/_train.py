@@ -34,7 +34,6 @@ from posttrain.trainers._checkpoint import read_checkpoint
 from posttrain.trainers._fields import check_trl_fields, owned_fields
 from posttrain.trainers._watch import best_folder, evaluate_around, watch
 
-GROUP_WINDOW = 50
 
 
 @dataclass(frozen=True)
@@ -88,20 +87,14 @@ def epoch_order(items: int, count: int, seed: int) -> list[int]:
     return order[:count]
 
 
-def grouped_order(order: Sequence[int], lengths: Sequence[int], rows: int, seed: int) -> list[int]:
-    """`order` with rows of similar length in one batch of `rows`.
+def grouped_order(order: Sequence[int], lengths: Sequence[int], rows: int) -> list[int]:
+    """`order` with the `rows` sequences of each step sorted by length.
 
-    Windows of `GROUP_WINDOW` batches are sorted by length and cut into batches, which are then shuffled by the seed; so
-    every batch comes from the same part of the same epoch as before, and the same rows are seen.
+    A pass of `per_device` sequences then pads little. Every step still sees the same sequences, so its loss and gradient
+    are the same up to the order of summation.
     """
-    grouped: list[int] = []
-    window = GROUP_WINDOW * rows
-    for number, start in enumerate(range(0, len(order), window)):
-        part = sorted(order[start : start + window], key=lambda i: (lengths[i], i))
-        batches = [part[i : i + rows] for i in range(0, len(part), rows)]
-        generator = torch.Generator().manual_seed(request_seed(seed, "group", number))
-        grouped += [i for b in torch.randperm(len(batches), generator=generator).tolist() for i in batches[b]]
-    return grouped
+    steps = [order[start : start + rows] for start in range(0, len(order), rows)]
+    return [i for step in steps for i in sorted(step, key=lambda i: (lengths[i], i))]
 
 
 def load_for_training(cfg: TrainConfig, ctx: StageContext) -> LoadedModel:
