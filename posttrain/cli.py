@@ -103,8 +103,7 @@ def _single(parser: argparse.ArgumentParser, verb: str) -> None:
 
 
 def _look(parser: argparse.ArgumentParser, verb: str) -> None:
-    optional = {"nargs": "?"} if verb == "ls" else {}
-    parser.add_argument("run", help="run name or folder", **optional)
+    parser.add_argument("run", help="run name or folder", nargs="?" if verb == "ls" else None)
     if verb == "show":
         parser.add_argument("stage", nargs="?", help="stage name")
     if verb == "prune":

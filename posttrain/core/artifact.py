@@ -37,7 +37,8 @@ class Artifact:
     @property
     def summary(self) -> dict[str, Any]:
         """What the stage reported about itself (`ctx.summary`)."""
-        return self.manifest.get("summary", {})
+        found: dict[str, Any] = self.manifest.get("summary", {})
+        return found
 
 
 def open_artifact(folder: Path) -> Artifact:

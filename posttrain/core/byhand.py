@@ -52,7 +52,7 @@ def _wait_for_rank0(ticket: Path, rank: int, timeout_s: float) -> dict[str, Any]
     """Rank 0's word; leaves a mark that it was read."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        word = read_json(ticket)
+        word: dict[str, Any] | None = read_json(ticket)
         if word:
             _mark(ticket, rank).touch()
             return word

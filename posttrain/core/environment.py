@@ -30,6 +30,10 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def _git(root: Path, *args: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+
 @functools.cache
 def code_version() -> dict[str, Any]:
     """posttrain's version and, in a git checkout of it, the commit and whether it has local changes."""
@@ -38,10 +42,7 @@ def code_version() -> dict[str, Any]:
     if not (root / ".git").exists():
         return facts
     try:
-        git = lambda *args: subprocess.run(  # noqa: E731
-            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        return {**facts, "git": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+        return {**facts, "git": _git(root, "rev-parse", "HEAD"), "dirty": bool(_git(root, "status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return facts
 
@@ -50,8 +51,9 @@ def environment() -> dict[str, Any]:
     """Content of env.json."""
     from posttrain.config.redact import redact
 
-    return redact({
+    found: dict[str, Any] = redact({
         "code": code_version(), "packages": package_versions(), "python": sys.version.split()[0],
         "platform": platform.platform(), "cpus": os.cpu_count(), "argv": sys.argv,
         "threads": os.environ.get("OMP_NUM_THREADS"),
     })  # fmt: skip
+    return found

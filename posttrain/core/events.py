@@ -56,7 +56,7 @@ class Events:
         self._file: TextIO | None = None
         if path is not None and main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a", encoding="utf-8")
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self._bars: dict[str, tuple[float, float]] = {}
         self.sinks: list[Any] = []
 

@@ -163,6 +163,15 @@ class Child:
         return self.process.returncode
 
 
+def last_words(child: Child) -> str:
+    """What the stage that was running said when it was stopped, e.g. after which step; without its own advice."""
+    for stage, attempt in zip(child.group, child.attempts, strict=True):
+        if not is_committed(stage.folder):
+            code, message = outcome(attempt, 0, stage.processes)
+            return f"{stage.name}: {message.partition(chr(10))[0].rpartition(': ')[2]}" if code == EXIT_PREEMPTED else stage.name
+    return ""
+
+
 def check(child: Child, code: int) -> None:
     """Raises ChildFailed if a stage of the group is not committed."""
     for stage, attempt in zip(child.group, child.attempts, strict=True):

@@ -62,7 +62,7 @@ class PlannedStage:
     @property
     def processes(self) -> int:
         """World size."""
-        return self.config.launch.processes
+        return int(self.config.launch.processes)
 
     @property
     def refs(self) -> list[InputRef]:
@@ -208,8 +208,9 @@ def _why_new(run: RunDir, name: str, material: dict[str, Any]) -> str:
 def _measured_otherwise(folder: Path, evaluation: dict[str, Any]) -> bool:
     """True if the figures of a committed stage come from other evaluation sets than the present ones."""
     old = (read_json(folder / "config.json") or {}).get("eval") or {}
-    seen = lambda e: (_eval_material(e), sorted(e.get("when", [])) if e.get("sets") else [])  # noqa: E731
-    return seen(old) != seen(evaluation)
+    if _eval_material(old) != _eval_material(evaluation):
+        return True
+    return bool(evaluation.get("sets")) and sorted(old.get("when", [])) != sorted(evaluation["when"])
 
 
 def _started(folder: Path) -> bool:

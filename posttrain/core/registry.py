@@ -86,7 +86,7 @@ def stage(
     rows: str | Callable[[Any, dict[str, str]], str] | None = None,
     evals: bool = False,
     estimate: Callable[[Any], dict[str, float]] | None = None,
-) -> Callable:
+) -> Callable[[Callable[[Any, Any], None]], Callable[[Any, Any], None]]:
     """Declares a method.
 
     Args:

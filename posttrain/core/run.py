@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class RunOptions:
     """
 
     runs: str | None = None
-    selection: Selection = Selection()
+    selection: Selection = field(default_factory=Selection)
     isolate: bool = False
     trust_remote_code: bool = False
     quiet: bool = False
@@ -114,10 +114,14 @@ class _Signals:
         if child is not None and self.seen is not None:
             child.stop()
 
-    def check(self, run: RunDir) -> None:
-        """Raises Preempted if a signal came."""
+    def check(self, run: RunDir, detail: str = "") -> None:
+        """Raises Preempted if a signal came; `detail` is what the child said."""
         if self.seen is not None:
-            raise Preempted(f"stopped by {self.seen}", where=f"run {run.path}", fix="run the same command again; it goes on where it was")
+            raise Preempted(
+                f"stopped by {self.seen}{f' ({detail})' if detail else ''}",
+                where=f"run {run.path}",
+                fix="run the same command again; it goes on where it was",
+            )
 
 
 def _run_group(group: list[PlannedStage], run: RunDir, fd: int, options: RunOptions, signals: _Signals, deadline: float | None) -> None:
@@ -140,7 +144,7 @@ def _run_group(group: list[PlannedStage], run: RunDir, fd: int, options: RunOpti
         if child.process.poll() is None:
             child.kill()
     if not all(is_committed(s.folder) for s in group):
-        signals.check(run)
+        signals.check(run, launch.last_words(child))
     launch.check(child, code)
 
 

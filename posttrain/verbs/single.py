@@ -25,6 +25,13 @@ PORTS = ("model", "data", "raw", "target", "calib")
 TOP = ("model", "sources", "eval", "tracking", "limits", "seed", "name")
 BUDGET = ("rows", "tokens", "share", "bytes")
 CONTROL = ("out", "prompt")
+COLUMNS = {
+    "preference": {"chosen", "rejected"},
+    "messages": {"messages"},
+    "verifiable": {"prompt", "answer"},
+    "prompt": {"prompt"},
+    "text": {"text"},
+}
 
 
 def _split(overrides: list[str]) -> dict[str, str]:
@@ -51,22 +58,17 @@ def sniff(path: str, accepted: tuple[str, ...]) -> str:
     folder = Path(path)
     stored = read_json(folder / "dataset.json") if folder.is_dir() else None
     if stored:
-        return stored["row_type"]
+        return str(stored["row_type"])
     row = next((row for shard in expand_shards([path]) for _, row in read_shard(shard, on_bad="skip", bad=BadRows())), None)
     if row is None:
         raise DataError("no row can be read", where=path, fix="give a file with at least one row")
-    columns = set(row)
-    tests = {
-        "preference": {"chosen", "rejected"},
-        "messages": {"messages"},
-        "verifiable": {"prompt", "answer"},
-        "prompt": {"prompt"},
-        "text": {"text"},
-    }
-    kind = next((k for k, need in tests.items() if need <= columns and (not accepted or k in accepted)), None)
+    kind = next((k for k, need in COLUMNS.items() if need <= row.keys() and (not accepted or k in accepted)), None)
     if kind is None:
-        raise DataError(f"the first row has columns {', '.join(sorted(columns))}; expected rows of type {' or '.join(accepted)}", where=path,
-                        fix="rename the columns, or write a pipeline file with `sources.NAME.columns`")  # fmt: skip
+        raise DataError(
+            f"the first row has columns {', '.join(sorted(row))}; expected rows of type {' or '.join(accepted)}",
+            where=path,
+            fix="rename the columns, or write a pipeline file with `sources.NAME.columns`",
+        )
     return kind
 
 
@@ -167,7 +169,8 @@ def _put(folder: Path, target: Path) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _run(pipeline: Pipeline, out: str | None, args: argparse.Namespace) -> int:
+def _run(pipeline: Pipeline, out: str | None, args: argparse.Namespace) -> Path:
+    """Runs the stage and puts a copy where `out=` says; returns the stage's folder."""
     from posttrain.core.plan import Selection, make_plan
     from posttrain.core.run import RunOptions, execute, finish, run_dir
     from posttrain.core.rundir import is_committed
@@ -186,37 +189,52 @@ def _run(pipeline: Pipeline, out: str | None, args: argparse.Namespace) -> int:
         if not there:
             _put(plan[-1].folder, target)
         print(f"copied to {out}")
-    return 0
+    return plan[-1].folder
 
 
 def select(args: argparse.Namespace) -> int:
     """`posttrain select METHOD raw=... target=... rows=...`."""
     pipeline, out = build(f"select.{args.name.removeprefix('select.')}", args.overrides, args.runs)
-    return _run(pipeline, out, args)
+    _run(pipeline, out, args)
+    return 0
 
 
 def quantize(args: argparse.Namespace) -> int:
     """`posttrain quantize METHOD model=... bits=...`."""
     pipeline, out = build(f"quantize.{args.name.removeprefix('quantize.')}", args.overrides, args.runs)
-    return _run(pipeline, out, args)
+    _run(pipeline, out, args)
+    return 0
 
 
 def generate(args: argparse.Namespace) -> int:
     """`posttrain generate model=... prompt=... | data=...`."""
     pipeline, out = build("generate", args.overrides, args.runs)
-    return _run(pipeline, out, args)
+    folder = _run(pipeline, out, args)
+    if any(text.startswith("prompt=") for text in args.overrides):
+        _print_completions(folder / "out")
+    return 0
+
+
+def _print_completions(out: Path) -> None:
+    from posttrain.data.shards import BadRows, expand_shards, read_shard
+
+    for shard in expand_shards([out]):
+        for _, row in read_shard(shard, on_bad="stop", bad=BadRows()):
+            print(f"\n{row['prompt']}{row['completion']}" if isinstance(row["prompt"], str) else f"\n{row['completion']}")
 
 
 def eval(args: argparse.Namespace) -> int:
     """`posttrain eval model=... data=...`."""
     pipeline, out = build("eval", args.overrides, args.runs)
-    return _run(pipeline, out, args)
+    _run(pipeline, out, args)
+    return 0
 
 
 def export(args: argparse.Namespace) -> int:
     """`posttrain export model=... out=...`."""
     pipeline, out = build("export", args.overrides, args.runs)
-    return _run(pipeline, out, args)
+    _run(pipeline, out, args)
+    return 0
 
 
 def _one_stage(args: argparse.Namespace) -> tuple[Pipeline, str | None]:
@@ -251,4 +269,5 @@ def train(args: argparse.Namespace) -> int:
         if out is not None:
             raise ConfigError("`out=` is not available under a launcher", where="out", fix="the artifact's folder is printed at the end")
         return run_under_launcher(pipeline, args)
-    return _run(pipeline, out, args)
+    _run(pipeline, out, args)
+    return 0
