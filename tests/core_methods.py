@@ -122,9 +122,19 @@ def torch_numbers(cfg: StageConfig, ctx: Any) -> None:
     (ctx.out / "numbers.json").write_text(json.dumps(torch.rand(3).tolist()))
 
 
-@stage("core.model", config=UseConfig, inputs={"model": model_port()}, output="model")
-def model(cfg: UseConfig, ctx: Any) -> None:
+class ModelConfig(UseConfig):
+    """Length of a training."""
+
+    steps: Positive | None = None
+    """Steps."""
+    epochs: Positive | None = None
+    """Epochs."""
+
+
+@stage("core.model", config=ModelConfig, inputs={"model": model_port()}, output="model")
+def model(cfg: ModelConfig, ctx: Any) -> None:
     """A stage whose disk need can be told from its input."""
+    ctx.summary.update(steps=cfg.steps, epochs=cfg.epochs)
     (ctx.out / "config.json").write_text("{}")
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.pipeline import Pipeline
 from posttrain.core import process
+from posttrain.core.display import Display
 from posttrain.core.durable import write_json
 from posttrain.core.events import dumps
 from posttrain.core.launch import prepare
@@ -88,6 +91,28 @@ def run_under_launcher(pipeline: Pipeline, args: argparse.Namespace) -> int:
     return 0 if word["committed"] else guarded(Path(word["folder"]))
 
 
+@contextmanager
+def _shown(events: Path, quiet: bool) -> Iterator[None]:
+    """Draws rank 0's events, which elsewhere the parent process does."""
+    display, ended = Display([events]), threading.Event()
+
+    def draw() -> None:
+        while not ended.wait(POLL_S):
+            display.tick()
+
+    thread = threading.Thread(target=draw, daemon=True)
+    if not quiet:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.ident is not None:
+            thread.join()
+            display.tick()
+        display.close()
+
+
 def _lead(pipeline: Pipeline, run: RunDir, ticket: Path, size: int, args: argparse.Namespace) -> int:
     """Rank 0: plans, locks, prepares, tells the others, and does its part of the work."""
     with ExitStack() as stack:
@@ -97,12 +122,13 @@ def _lead(pipeline: Pipeline, run: RunDir, ticket: Path, size: int, args: argpar
             if stage.todo:
                 record(pipeline, dumps(pipeline.dump(), indent=1), run)
                 write_json(run.path / "plan.json", [stage.folder.name])
-                prepare(stage, run, args.trust_remote_code)
+                attempt = prepare(stage, run, args.trust_remote_code)
+                stack.enter_context(_shown(attempt / "events.jsonl", args.quiet))
         except Exception as error:
             _tell(ticket, size, ERROR_WAIT_S, {"error": str(error), "code": getattr(error, "exit_code", 1)})
             raise
         _tell(ticket, size, pipeline.stages[-1].launch.timeout_s, {"folder": str(stage.folder), "committed": not stage.todo})
         code = guarded(stage.folder) if stage.todo else 0
-        if code == 0 and is_committed(stage.folder):
-            finish(run, make_plan(pipeline, run))
-        return code
+    if code == 0 and is_committed(stage.folder):
+        finish(run, make_plan(pipeline, run))
+    return code

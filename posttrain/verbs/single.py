@@ -40,7 +40,8 @@ def _split(overrides: list[str]) -> dict[str, str]:
         key, mark, value = text.partition("=")
         if not mark or not key:
             raise ConfigError(f"expected KEY=VALUE, got `{text[:80]}`", where="command line", fix="e.g. bits=4")
-        pairs[key.removeprefix("in.") if key.startswith("in.") and key[3:] in PORTS else key] = value
+        port = "model" if key == "model.id" else key.removeprefix("in.")
+        pairs[port if port in PORTS else key] = value
     return pairs
 
 
@@ -128,6 +129,9 @@ def to_overrides(tree: dict[str, Any], pairs: dict[str, str], method: registry.M
     stage = str(tree["stages"][0].get("name"))
     model = ["model={}"] if "model" in pairs and not isinstance(tree.get("model"), dict) else []
     ports = _ports(pairs, stage, set(tree.get("sources") or {}), method)
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        if given in pairs and other in tree["stages"][0]:
+            pairs.setdefault(other, "null")
     return model + ports + [f"{_dotted(key, stage, method)}={text}" for key, text in pairs.items()]
 
 

@@ -83,7 +83,7 @@ def test_by_hand_under_torchrun(home: Home) -> None:
     done = by_hand(home, *TORCHRUN, "--nproc_per_node=2", "--", "launch.processes=2", "factor=2.0")
     assert done.returncode == 0, done.stderr
     assert home.manifest("used")["summary"]["world"] == 2 and set(exits(home)) == {"exit-0.json", "exit-1.json"}
-    assert done.stdout.count("artifact ") == 1 and not list(home.runs.glob("*/.launch*"))
+    assert done.stderr.count("used: committed in") == 1 and done.stdout.count("artifact ") == 1 and not list(home.runs.glob("*/.launch*"))
     assert home("train", home.file, "factor=2.0").code == 0 and home.manifest("used")["attempts"] == 1, "one key for all doors"
     again = by_hand(home, *TORCHRUN, "--nproc_per_node=2", "--", "launch.processes=2", "factor=2.0")
     assert again.returncode == 0 and home.manifest("used")["attempts"] == 1, "committed: nothing to do, no rank waits for another"

@@ -422,6 +422,12 @@ def test_train_from_a_file_with_short_forms(home: Home, monkeypatch: pytest.Monk
     both = home("train", home.file, "data=[texts, mine.jsonl]", "stages.used.factor=5.0", "seed=4")
     assert both.code == 0 and home.manifest("used")["summary"]["rows_in"] == 13 and home.manifest("used")["seed"] == 4
     assert home("train", home.file, "factr=2").code == 2
+    (home.folder / "shell" / "m").mkdir()
+    (home.folder / "shell" / "m" / "model.safetensors").write_text("x")
+    home.write("version: 1\nname: two\nmodel: {id: ./gone}\nstages: [{name: copy, method: core.model, epochs: 2}]\n")
+    for form in ("model=m", "model.id=m", "in.model=m"):
+        assert home("train", home.file, form, "steps=3").code == 0
+        assert home.manifest("copy")["summary"] == {"steps": 3, "epochs": None}
     home.write(CHAIN)
     assert "expected a file with one stage, found 3" in home("train", home.file).err
 
