@@ -140,7 +140,8 @@ def _run(job: dict[str, Any], timeout_s: float) -> list[list[list[Any]]]:
             where=job["folder"],
             fix="set `export.engine_check: off`, or another width or group size",
         )
-    return json.loads(lines[0].removeprefix("FOUND "))
+    found: list[list[list[Any]]] = json.loads(lines[0].removeprefix("FOUND "))
+    return found
 
 
 def _reason(stderr: str) -> str:

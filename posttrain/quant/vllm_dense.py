@@ -19,10 +19,10 @@ BITS = 4
 
 def use_dense_kernel() -> None:
     """Replaces the product of vLLM's CPU kernel for 4-bit weights in this process; call it before a model is loaded."""
-    from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel as Kernel
+    from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
 
-    Kernel.process_weights_after_loading = _unpack
-    Kernel.apply_weights = _multiply
+    kernel: Any = CPUWNA16LinearKernel
+    kernel.process_weights_after_loading, kernel.apply_weights = _unpack, _multiply
 
 
 def _unpack(kernel: Any, layer: Any) -> None:
