@@ -7,6 +7,8 @@ themselves be adapters. Weights that the checkpoint lacks are an error, never a 
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from posttrain.models.source import ADAPTER_CONFIG, Source, offline, read_base, 
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 EXPECTED = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError)
+SMALL_MODEL = 10_000_000
 
 
 @dataclass
@@ -78,6 +81,7 @@ def load_model(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     _same_size(model, tokenizer, source)
     model = model.to(where) if where != "cpu" else model
+    fit_threads(model, where)
     return LoadedModel(model.eval(), tokenizer, named, base or named, kind, own)
 
 
@@ -281,6 +285,28 @@ def _default_device() -> str:
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def fit_threads(model: Any, device: str) -> None:
+    """One CPU thread for a small model, all of them for a larger one; OMP_NUM_THREADS, where it is set, decides alone.
+
+    Below about ten million parameters handing work over to threads costs more than it saves, on a busy machine many times
+    more.
+    """
+    import torch
+
+    if device != "cpu" or os.environ.get("OMP_NUM_THREADS"):
+        return
+    _all_threads()
+    small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+    torch.set_num_threads(1 if small else _all_threads())
+
+
+@functools.cache
+def _all_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _first_line(error: BaseException) -> str:

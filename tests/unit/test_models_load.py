@@ -268,3 +268,26 @@ def test_saving_an_adapter_needs_its_base(tiny_model_dir: Path, tmp_path: Path) 
     loaded = load_model(tiny_model_dir)
     with pytest.raises(ValueError, match="base"):
         save_model(add_adapter(loaded.model), loaded.tokenizer, tmp_path)
+
+
+def test_small_models_take_one_thread_unless_told_otherwise(tiny_model_dir, monkeypatch) -> None:
+    import torch
+
+    from posttrain.models import load
+
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setattr(load, "_all_threads", lambda: 3)
+        model = load.load_model(str(tiny_model_dir)).model
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        load.fit_threads(model, "cpu")
+        assert torch.get_num_threads() == 1
+        monkeypatch.setattr(load, "SMALL_MODEL", 1)
+        load.fit_threads(model, "cpu")
+        assert torch.get_num_threads() == 3
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        monkeypatch.setattr(load, "SMALL_MODEL", 10**9)
+        load.fit_threads(model, "cpu")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
