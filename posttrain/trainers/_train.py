@@ -35,7 +35,6 @@ from posttrain.trainers._fields import check_trl_fields, owned_fields
 from posttrain.trainers._watch import best_folder, evaluate_around, watch
 
 
-
 @dataclass(frozen=True)
 class Schedule:
     """Sizes of a run: optimizer steps, sequences a step over all processes, and how a step is cut up."""
@@ -104,7 +103,7 @@ def load_for_training(cfg: TrainConfig, ctx: StageContext) -> LoadedModel:
     keep = cfg.lora is not None and cfg.lora.on_input == "continue" and resolve_model(ref).form == "adapter"
     options = {key: ref.spec[key] for key in ("dtype", "attn") if key in ref.spec}
     loaded = load_model(ref, merge=not keep, trust_remote_code=ctx.trust_remote_code, **options)
-    if ref.origin == "model" and loaded.source.id != ref.spec.get("id"):
+    if ref.origin == "model" and loaded.source.id == ref.spec.get("offline"):
         ctx.events.log(f"the hub is not asked: {loaded.source.id} is taken in place of {ref.spec.get('id')}")
     if not attached(loaded.model):
         loaded.model.requires_grad_(True)
