@@ -80,7 +80,7 @@ def _number(value: Any) -> float | None:
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """Metrics of all attempts by name, as (step, value) in step order; a later attempt overrides an earlier one's steps.
+    """Metrics logged at least twice, by name, as (step, value) in step order; a later attempt overrides an earlier one's steps.
 
     An attempt that resumed at step s makes the earlier attempts' values from s on void, whether it logged the same
     metric at the same steps or not.
@@ -95,7 +95,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         found = {name: {s: v for s, v in values.items() if s < first} for name, values in found.items()}
         for name, values in fresh.items():
             found.setdefault(name, {}).update(values)
-    return {name: sorted(values.items()) for name, values in found.items() if values}
+    return {name: sorted(values.items()) for name, values in found.items() if len(values) > 1}
 
 
 def _metrics(path: Path) -> list[tuple[float, str, float]]:
