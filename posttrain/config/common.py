@@ -191,7 +191,7 @@ class RewardUse(Strict):
     """One reward of a weighted sum."""
 
     use: str
-    """Name of a reward."""
+    """Name of a reward; `posttrain schema` and a wrong name list them."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
     columns: dict[str, str] = {}

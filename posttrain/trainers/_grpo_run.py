@@ -40,7 +40,8 @@ from posttrain.trainers._train import (
 from posttrain.trainers._watch import evaluate_around
 
 if TYPE_CHECKING:
-    from posttrain.trainers.grpo import GRPOStage, RewardUse
+    from posttrain.config.common import RewardUse
+    from posttrain.trainers.grpo import GRPOStage
 
 INDEX = "row_index"
 FAILURE_SHARE = 0.05

@@ -11,20 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import Positive, Strict
-from posttrain.config.common import TrainConfig
+from posttrain.config.common import RewardUse, TrainConfig
 from posttrain.core.context import StageContext
 from posttrain.core.registry import data_port, model_port, stage
-
-
-class RewardUse(Strict):
-    """One reward of the sum."""
-
-    use: str
-    """Name of a reward; `posttrain schema` and a wrong name list them."""
-    weight: float = 1.0
-    """Factor in the sum of rewards."""
-    columns: dict[str, str] = {}
-    """The reward's column -> the rows' column, e.g. `{answer: solution}`."""
 
 
 class RolloutConfig(Strict):

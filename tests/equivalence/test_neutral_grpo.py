@@ -258,9 +258,9 @@ def test_sampler_moves_to_a_later_epoch() -> None:
 
 
 def test_stage_rewards_see_whole_rows_and_missing_columns_are_named() -> None:
+    from posttrain.config.common import RewardUse
     from posttrain.errors import DataError
     from posttrain.trainers._grpo_run import reward_functions
-    from posttrain.trainers.grpo import RewardUse
 
     rows = [{"id": str(i), **row} for i, row in enumerate(TASKS[:3])]
     (scored,) = reward_functions([RewardUse(use="exact")], rows)

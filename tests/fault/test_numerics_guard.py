@@ -127,10 +127,10 @@ def test_reward_that_often_fails_stops_the_run(monkeypatch: pytest.MonkeyPatch) 
     """R9: more than 5 % failures end the run; fewer are counted and left out, never scored 0."""
     from dataclasses import replace
 
+    from posttrain.config.common import RewardUse
     from posttrain.errors import RewardError
     from posttrain.rewards import failures, find_reward, registry
     from posttrain.trainers._grpo_run import reward_functions
-    from posttrain.trainers.grpo import RewardUse
 
     def fragile(completions: list[str], **_: Any) -> list[float]:
         if any("boom" in text for text in completions):
