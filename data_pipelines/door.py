@@ -8,44 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.budget import UNITS
 from posttrain.core.artifact import InputRef
 from posttrain.core.context import StageContext
 from posttrain.core.durable import disk_errors, fsync_tree
 from posttrain.core.events import Events
-from posttrain.errors import ConfigError, DataError, Problem
+from posttrain.errors import ConfigError, Problem
 
 Paths = str | Path | Iterable[str | Path]
 
 
-def row_type_of(paths: Paths) -> str:
-    """Row type of the first row behind the paths: messages, preference, verifiable, prompt or text.
-
-    Raises:
-        DataError: no rows, or none of the known columns.
-    """
-    from posttrain.data.shards import expand_shards, read_shard
-
-    for path in expand_shards(paths):
-        for number, row in read_shard(path, on_bad="skip"):
-            return _row_type(row, f"{path}:{number}")
-    raise DataError("no rows", where=str(paths), fix="give files with at least one row")
-
-
-def _row_type(row: dict[str, Any], where: str) -> str:
-    tests = (
-        ("messages", {"messages"}), ("preference", {"chosen", "rejected"}), ("verifiable", {"prompt", "answer"}),
-        ("prompt", {"prompt"}), ("text", {"text"}),
-    )
-    for kind, columns in tests:
-        if columns <= set(row):
-            return kind
-    raise DataError(f"no row type fits the columns {', '.join(row)}", where=where, fix="give `kind` and `columns`")
-
-
 def source_ref(port: str, paths: Paths, kind: str | None, columns: dict[str, str], on_bad: str) -> InputRef:
     """A reference to local files as a stage would get it."""
-    from posttrain.data.dataset import source_digest
+    from posttrain.data.sources import row_type_of, source_digest
 
     listed = [os.path.abspath(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     kind = kind or row_type_of(listed)
@@ -54,20 +28,23 @@ def source_ref(port: str, paths: Paths, kind: str | None, columns: dict[str, str
 
 
 def make_config(method: str, options: dict[str, Any]) -> Any:
-    """The method's Config; `rows`, `tokens`, `bytes`, `share`, `on_short` go into `budget`.
+    """The method's Config; fields of its `budget` may be given directly.
 
     Raises:
         ConfigError: every unknown or wrong option.
     """
     from pydantic import ValidationError
 
+    from posttrain.config.fields import short_form
     from posttrain.core import registry
 
-    options = dict(options)
-    budget = {unit: options.pop(unit) for unit in (*UNITS, "on_short") if options.get(unit) is not None}
-    fields = {**options, **({"budget": budget} if budget else {}), "name": "select", "method": method}
+    config = registry.method(method).config
+    short = {name for name in options if short_form(config, name) != name}
+    fields = {name: value for name, value in options.items() if name not in short}
+    if budget := {name: options[name] for name in short if options[name] is not None}:
+        fields["budget"] = budget
     try:
-        return registry.method(method).config.model_validate(fields)
+        return config.model_validate({**fields, "name": "select", "method": method})
     except ValidationError as error:
         problems = [Problem(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
         raise ConfigError(problems=problems, where=method) from None

@@ -99,6 +99,11 @@ def _step(annotation: Any, part: str | int) -> list[Any]:
     return []
 
 
+def short_form(config: type[BaseModel], key: str, block: str = "budget") -> str:
+    """`BLOCK.KEY` where only that block of `config` has such a field, else `key`: what a command line or a call may shorten."""
+    return f"{block}.{key}" if key not in fields_of(config) and annotations_at(config, (block, key)) else key
+
+
 def field_at(annotation: Any, path: tuple[str | int, ...]) -> FieldInfo | None:
     """The field that `path` ends in."""
     for parent in annotations_at(annotation, path[:-1]) if path else []:

@@ -9,8 +9,6 @@ from typing import Any
 
 from posttrain.core.events import jsonable
 
-CHUNK = 1 << 20
-
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces; equal values give equal text on every platform."""
@@ -23,12 +21,9 @@ def digest_of(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, hex; memory is one chunk."""
-    sha = hashlib.sha256()
+    """sha256 of a file's bytes, hex, in bounded memory."""
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            sha.update(chunk)
-    return sha.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_digest(files: list[dict[str, Any]]) -> str:

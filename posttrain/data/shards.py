@@ -40,8 +40,9 @@ def suffix_of(path: Path | str) -> str | None:
 def expand_shards(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Files behind names, folders (searched recursively, hidden files left out) and globs, in sorted order each.
 
-    Of a folder that a stage wrote (`dataset.json` beside `rows-00000...`) only the rows are taken, not the scores beside them. A name that exists is taken as it is, whatever characters it has; only then is it tried as a glob. A file reached
-    twice is read once.
+    Of a folder that a stage wrote (`dataset.json` beside `rows-00000...`) only the rows are taken, not the scores beside them.
+    A name that exists is taken as it is, whatever characters it has; only then is it tried as a glob. A file reached twice is
+    read once.
 
     Raises:
         DataError: a path that matches nothing, a folder without shards, or a file of an unknown format.

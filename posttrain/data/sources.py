@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.core.artifact import InputRef
+from posttrain.core.digests import file_digests
+from posttrain.core.rundir import read_json
 from posttrain.data.rows import Row, checked, row_key, split_of
 from posttrain.data.shards import BadRows, expand_shards, plain, read_shard
 from posttrain.data.strict_json import RowError, check_surrogates
@@ -25,9 +25,16 @@ if TYPE_CHECKING:
     from posttrain.core.events import Events
 
 DATASET_GLOB = "rows-*"
+COLUMNS = {
+    "messages": {"messages"},
+    "preference": {"chosen", "rejected"},
+    "verifiable": {"prompt", "answer"},
+    "prompt": {"prompt"},
+    "text": {"text"},
+}
+"""Row type -> the columns by which it is known, the most telling first."""
 LISTED = 20
 LOOK_ON = 10_000
-_RACY_S = 2.0
 
 
 def open_rows(ref: InputRef, *, events: Events | None = None, bad: BadRows | None = None) -> Iterator[dict[str, Any]]:
@@ -156,15 +163,40 @@ def _hub_rows(spec: dict[str, Any], bad: BadRows) -> Iterator[tuple[str, dict[st
             yield f"{place}:{number}", row
 
 
+def row_type_of(paths: str | Path | Iterable[str | Path], accepted: tuple[str, ...] = ()) -> str:
+    """Row type of local shards: the only accepted one, what a stage noted beside its rows, or what the first row looks like.
+
+    Raises:
+        DataError: no rows, or columns of none of the accepted types (of any type where none is given).
+    """
+    if len(accepted) == 1:
+        return accepted[0]
+    listed = [paths] if isinstance(paths, str | Path) else list(paths)
+    noted = read_json(Path(listed[0]) / "dataset.json") if len(listed) == 1 and Path(listed[0]).is_dir() else None
+    if isinstance(noted, dict) and "row_type" in noted:
+        return str(noted["row_type"])
+    for shard in expand_shards(listed):
+        for number, row in read_shard(shard, on_bad="skip"):
+            for kind, columns in COLUMNS.items():
+                if columns <= row.keys() and (not accepted or kind in accepted):
+                    return kind
+            wanted = " or ".join(accepted or COLUMNS)
+            raise DataError(
+                f"no row type fits the columns {', '.join(sorted(row))}; expected rows of type {wanted}",
+                where=f"{shard}:{number}",
+                fix="name the row type and rename the columns (`kind` and `columns` of a source)",
+            )
+    raise DataError("no row can be read", where=", ".join(map(str, listed)), fix="give a file with at least one row")
+
+
 def source_digest(spec: dict[str, Any], *, cache: Path | None = None) -> str:
     """sha256 over what decides a source's rows: shard contents in order, row type, columns, split shares, `on_bad`.
 
-    File hashes are kept in a JSON file by (path, size, mtime, inode), since hashing again takes seconds a gigabyte. Where
-    files lie does not enter. A hub dataset is its id, configuration, split and commit.
+    Where files lie does not enter. A hub dataset is its id, configuration, split and commit.
 
     Args:
         spec: SourceConfig as a dict.
-        cache: the JSON file; default `digests.json` under `$XDG_CACHE_HOME/posttrain` (`~/.cache/posttrain`).
+        cache: as in `file_digests`.
 
     Raises:
         DataError: no such shards, or one that cannot be read.
@@ -173,57 +205,11 @@ def source_digest(spec: dict[str, Any], *, cache: Path | None = None) -> str:
     if spec.get("hub"):
         content: Any = [spec["hub"], spec.get("revision"), spec.get("config"), spec.get("hub_split")]
     else:
-        content = _file_digests(expand_shards(spec["path"]), cache or default_cache())
+        files = expand_shards(spec["path"])
+        content = [[_format(file), digest] for file, digest in zip(files, file_digests(files, cache), strict=True)]
     text = json.dumps([view, content], sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def default_cache() -> Path:
-    """Where hashes of source files are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain" / "digests.json"
-
-
-def _file_digests(files: list[Path], cache: Path) -> list[list[str]]:
-    known = _read_cache(cache)
-    found, fresh = [], {}
-    for file in files:
-        name, stamp = str(file.resolve()), _stamp(file)
-        entry = known.get(name)
-        digest = entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[0] == stamp else _hash_file(file)
-        if time.time() - stamp[1] / 1e9 > _RACY_S and _stamp(file) == stamp:
-            fresh[name] = [stamp, digest]
-        found.append(["".join(file.suffixes[-2:]) if file.suffix in (".gz", ".zst") else file.suffix, digest])
-    if any(known.get(name) != entry for name, entry in fresh.items()):
-        _write_cache(cache, {**known, **fresh})
-    return found
-
-
-def _stamp(file: Path) -> list[int]:
-    stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-
-
-def _hash_file(file: Path) -> str:
-    try:
-        with open(file, "rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}", where=str(file)) from None
-
-
-def _read_cache(cache: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _write_cache(cache: Path, entries: dict[str, Any]) -> None:
-    new = cache.with_name(f"{cache.name}.{os.getpid()}")
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(entries), encoding="utf-8")
-        os.replace(new, cache)
-    except OSError:
-        new.unlink(missing_ok=True)
+def _format(file: Path) -> str:
+    return "".join(file.suffixes[-2:]) if file.suffix in (".gz", ".zst") else file.suffix

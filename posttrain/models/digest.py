@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core.artifact import InputRef
+from posttrain.core.digests import file_digests
 from posttrain.core.hashing import digest_of
-from posttrain.data.sources import _file_digests, default_cache
 from posttrain.models.source import BASE_FILE, Source, read_base, resolve_model
 
 SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".py", ".gguf", ".tiktoken"})
@@ -34,8 +34,9 @@ def model_digest(spec: InputRef | Mapping[str, Any] | str | Path | Source | Any)
     if source.form == "hub":
         return f"hub:{source.id}@{source.revision or 'main'}"
     if source.form == "gguf":
-        return _remembered(source.local)
-    pairs = [(file.name, _remembered(file)) for file in model_files(source.local)]
+        return file_digests([source.local])[0]
+    files = model_files(source.local)
+    pairs = list(zip((file.name for file in files), file_digests(files), strict=True))
     if source.form == "adapter" and not (source.local / BASE_FILE).is_file():
         pairs.append(("base", model_digest(read_base(source.local)[0])))
     return digest_of(sorted(pairs))
@@ -44,7 +45,3 @@ def model_digest(spec: InputRef | Mapping[str, Any] | str | Path | Source | Any)
 def model_files(folder: Path) -> list[Path]:
     """Files of a model folder that decide what the model computes, sorted by name."""
     return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in SUFFIXES and not file.name.startswith("."))
-
-
-def _remembered(file: Path) -> str:
-    return _file_digests([file], default_cache())[0][1]

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.sources import default_cache
+from posttrain.core.digests import cache_folder
 from posttrain.errors import ArtifactError
 from posttrain.models.digest import model_digest
 from posttrain.models.quiet import quiet
@@ -32,7 +32,7 @@ def converted(source: Source) -> Source:
     import transformers
 
     name = f"{model_digest(source)[:24]}-transformers-{transformers.__version__}"
-    folder = default_cache().parent / "gguf" / name
+    folder = cache_folder() / "gguf" / name
     if not (folder / "config.json").is_file():
         folder = _convert(source, folder)
     return replace(source, form="folder", path=folder)

@@ -13,25 +13,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.fields import short_form
 from posttrain.config.load import load_yaml, parse_value
 from posttrain.config.pipeline import Pipeline, load_pipeline, override_tree
 from posttrain.core import registry
 from posttrain.core.events import dumps
 from posttrain.core.hashing import digest_of
 from posttrain.core.rundir import runs_root
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError
 
 PORTS = ("model", "data", "raw", "target", "calib")
 TOP = ("model", "sources", "eval", "tracking", "limits", "seed", "name")
-BUDGET = ("rows", "tokens", "share", "bytes")
 CONTROL = ("out", "prompt")
-COLUMNS = {
-    "preference": {"chosen", "rejected"},
-    "messages": {"messages"},
-    "verifiable": {"prompt", "answer"},
-    "prompt": {"prompt"},
-    "text": {"text"},
-}
 
 
 def _split(overrides: list[str]) -> dict[str, str]:
@@ -45,34 +38,6 @@ def _split(overrides: list[str]) -> dict[str, str]:
     return pairs
 
 
-def sniff(path: str, accepted: tuple[str, ...]) -> str:
-    """Row type of local shards: the only one the port takes, else what the first row looks like.
-
-    Raises:
-        DataError: no rows, or columns of none of the accepted types.
-    """
-    if len(accepted) == 1:
-        return accepted[0]
-    from posttrain.core.rundir import read_json
-    from posttrain.data.shards import BadRows, expand_shards, read_shard
-
-    folder = Path(path)
-    stored = read_json(folder / "dataset.json") if folder.is_dir() else None
-    if stored:
-        return str(stored["row_type"])
-    row = next((row for shard in expand_shards([path]) for _, row in read_shard(shard, on_bad="skip", bad=BadRows())), None)
-    if row is None:
-        raise DataError("no row can be read", where=path, fix="give a file with at least one row")
-    kind = next((k for k, need in COLUMNS.items() if need <= row.keys() and (not accepted or k in accepted)), None)
-    if kind is None:
-        raise DataError(
-            f"the first row has columns {', '.join(sorted(row))}; expected rows of type {' or '.join(accepted)}",
-            where=path,
-            fix="rename the columns, or write a pipeline file with `sources.NAME.columns`",
-        )
-    return kind
-
-
 def _prompt_file(prompt: str, runs: Path) -> str:
     from posttrain.core.durable import write_text
 
@@ -83,8 +48,10 @@ def _prompt_file(prompt: str, runs: Path) -> str:
 
 
 def _source(item: str, accepted: tuple[str, ...]) -> dict[str, Any]:
+    from posttrain.data.sources import row_type_of
+
     where = os.path.abspath(os.path.expanduser(item))
-    return {"kind": sniff(where, accepted), "path": where}
+    return {"kind": row_type_of(where, accepted), "path": where}
 
 
 def _absolute_model(value: str) -> str:
@@ -119,9 +86,7 @@ def _dotted(key: str, stage: str, method: registry.Method) -> str:
     fields, head = method.config.model_fields, key.split(".")[0]
     if head == "stages" or (head in TOP and not (head == "eval" and "eval" in fields and key != "eval")):
         return key
-    if key in BUDGET and "budget" in fields and key not in fields:
-        return f"stages.{stage}.budget.{key}"
-    return f"stages.{stage}.{key}"
+    return f"stages.{stage}.{short_form(method.config, key)}"
 
 
 def to_overrides(tree: dict[str, Any], pairs: dict[str, str], method: registry.Method) -> list[str]:

@@ -210,14 +210,14 @@ def test_digest_follows_content_and_reading_rules_not_place_or_time(tmp_path: Pa
 
 
 def test_digest_cache_is_used_for_old_files_and_survives_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from posttrain.data import sources
+    from posttrain.core import digests
 
     cache, ref = tmp_path / "digests.json", source(tmp_path, "a", 10)
     old = time.time() - 100
     os.utime(ref.spec["path"], (old, old))
     digest = source_digest(ref.spec, cache=cache)
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_hash_file", lambda file: pytest.fail("hashed again"))
+        patch.setattr(digests, "_hash", lambda file: pytest.fail("hashed again"))
         assert source_digest(ref.spec, cache=cache) == digest
     cache.write_text("{broken")
     assert source_digest(ref.spec, cache=cache) == digest
