@@ -10,6 +10,7 @@ Exit codes: 0 done, 1 internal error, 2 config, 3 numerics, 4 data or artifact, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 EXIT_OK = 0
 EXIT_PREEMPTED = 75
@@ -34,11 +35,11 @@ class PosttrainError(Exception):
         head = f"{self.where}: {self.message}" if self.where else self.message
         return f"{head}\n  fix: {self.fix}" if self.fix else head
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
-def _rebuild(cls: type, args: tuple, state: dict) -> PosttrainError:
+def _rebuild(cls: type[PosttrainError], args: tuple[Any, ...], state: dict[str, Any]) -> PosttrainError:
     error = cls.__new__(cls)
     Exception.__init__(error, *args)
     error.__dict__.update(state)

@@ -55,7 +55,7 @@ def _check_pair(key: str, value: Any, path: str) -> list[Problem]:
 
 
 def _secret(path: str) -> Problem:
-    fix = "take it out of the file and export it instead, e.g. HF_TOKEN or WANDB_API_KEY; posttrain hands the environment on and never writes it"
+    fix = "take it out of the file and export it, e.g. HF_TOKEN or WANDB_API_KEY; the environment is handed on and never written"
     return Problem(path, "holds what looks like a key, a password or a login", fix)
 
 

@@ -6,8 +6,6 @@ file is made; whether its keys exist is checked with everything else.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
 from typing import Any
 
 from posttrain.config.fields import nearest
@@ -63,15 +61,3 @@ def put(tree: dict[str, Any], path: Path_, value: Any) -> None:
             at[part] = {}
         at = at[part]
     at[path[-1]] = value
-
-
-def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `tree` with the overrides set, in order.
-
-    Raises:
-        ConfigError: as in `locate`.
-    """
-    tree = copy.deepcopy(tree)
-    for item in overrides:
-        put(tree, *locate(tree, item))
-    return tree

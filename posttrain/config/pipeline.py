@@ -16,8 +16,8 @@ from pydantic import AfterValidator, BaseModel, Field, SerializeAsAny, Validatio
 from pydantic.fields import FieldInfo
 
 from posttrain.config.base import Name, ReportOnly, Strict, _expand_model_id, _expand_path
-from posttrain.config.common import EvalConfig, LimitsConfig, ModelConfig, SourceConfig, StageConfig, TrackingConfig, TrainConfig
 from posttrain.config.checks import check_secrets
+from posttrain.config.common import EvalConfig, LimitsConfig, ModelConfig, SourceConfig, StageConfig, TrackingConfig, TrainConfig
 from posttrain.config.fields import field_at, fields_of, nearest
 from posttrain.config.load import Mark, Path_, dotted, load_yaml, mark_of
 from posttrain.config.messages import describe, translate

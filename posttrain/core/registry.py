@@ -12,19 +12,21 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from posttrain.config.common import StageConfig
+from posttrain.config.fields import nearest
 from posttrain.errors import ConfigError
 
 GROUP = "posttrain.methods"
 BUILTIN = ("posttrain.stages", "posttrain.trainers", "posttrain.quant")
 
 MODEL_KINDS = ("model", "adapter", "quantized")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -163,11 +165,13 @@ def methods() -> dict[str, Method]:
 
 def method(name: str) -> Method:
     """One method; raises ConfigError with the nearest name."""
-    found = methods()
-    if name not in found:
-        import difflib
+    return look_up(name, methods(), "method")
 
-        near = difflib.get_close_matches(name, found, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"known methods: {', '.join(found)}"
-        raise ConfigError(f"unknown method `{name}`", fix=hint)
-    return found[name]
+
+def look_up(name: str, known: Mapping[str, Found], what: str) -> Found:
+    """`known[name]`; raises ConfigError with the nearest name."""
+    if name not in known:
+        near = nearest(name, known, 0.5)
+        hint = f"did you mean `{near}`?" if near else f"known {what}s: {', '.join(known)}"
+        raise ConfigError(f"unknown {what} `{name}`", fix=hint)
+    return known[name]

@@ -11,7 +11,6 @@ it is None where all of them are.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import threading
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
-from posttrain.core.registry import GROUP, plugins, scan_package
+from posttrain.core.registry import GROUP, look_up, plugins, scan_package
 from posttrain.errors import ConfigError, NumericsError, PosttrainError, RewardError
 
 RewardFunction = Callable[..., list[float | None]]
@@ -94,12 +93,7 @@ def known_rewards() -> dict[str, Reward]:
 
 def find_reward(name: str) -> Reward:
     """One reward with its declaration; raises ConfigError with the nearest name."""
-    found = known_rewards()
-    if name not in found:
-        near = difflib.get_close_matches(name, found, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"known rewards: {', '.join(found)}"
-        raise ConfigError(f"unknown reward `{name}`", fix=hint)
-    return found[name]
+    return look_up(name, known_rewards(), "reward")
 
 
 def count_failure(name: str, reason: str, rows: int = 1) -> None:

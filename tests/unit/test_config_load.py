@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from testonly_methods import BASE, METHODS, hide
 
 from posttrain.config.load import MAX_NODES, load_yaml, mark_of, parse_value, parse_yaml, scalar
-from posttrain.config.overrides import apply_overrides
-from posttrain.config.pipeline import parse_pipeline
+from posttrain.config.pipeline import override_tree, parse_pipeline
 from posttrain.core import registry
 from posttrain.errors import ConfigError
 
@@ -264,9 +263,8 @@ def test_fuzz_values(place: str, value: Any) -> None:
 @FUZZ
 @given(st.text(max_size=40), st.text(max_size=20))
 def test_fuzz_overrides(key: str, value: str) -> None:
-    tree = parse_yaml(BASE).tree
     for item in (f"{key}={value}", f"stages.sft.{key}={value}", f"model.{key}={value}", value):
         try:
-            parse_pipeline(apply_overrides(tree, [item]), Path("/base"))
+            override_tree(parse_yaml(BASE).tree, [item])
         except ConfigError as refused:
             _check(refused)

@@ -12,7 +12,6 @@ from testonly_methods import BASE, METHODS, hide
 
 from posttrain.config.fields import known_fields, suggest
 from posttrain.config.load import parse_yaml
-from posttrain.config.overrides import apply_overrides
 from posttrain.config.pipeline import Pipeline, data_ref, load_pipeline, parse_pipeline, semantic, wire
 from posttrain.config.schema import json_schema
 from posttrain.core import registry
@@ -172,11 +171,6 @@ def test_overrides_refused(item: str, words: str, tmp_path: Path) -> None:
     path = _write(tmp_path / "x.yaml")
     with pytest.raises(ConfigError, match=words):
         load_pipeline(path, [item])
-
-
-def test_apply_overrides_leaves_the_tree_alone() -> None:
-    tree = parse_yaml(BASE).tree
-    assert apply_overrides(tree, ["seed=5"])["seed"] == 5 and tree["seed"] == 3
 
 
 def test_semantic_config_leaves_out_what_cannot_change_the_result() -> None:
