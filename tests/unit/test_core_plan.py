@@ -19,7 +19,6 @@ from posttrain.core.run import run_dir
 from posttrain.core.worker import guarded
 from posttrain.errors import ConfigError
 
-
 ALL = Selection()
 
 

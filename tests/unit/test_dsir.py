@@ -23,9 +23,23 @@ CASES = Path(__file__).parent.parent / "cases"
 REPO = Path(__file__).parent.parent.parent
 
 TEXTS = [
-    "", " ", "\n\n", "!!!", "a", "Hello, world: hello", "a_b __c 1.5e-3 ... (x)", "Straße ΟΔΟΣ ΣΑΣ İx naïve café", "日本語 テスト です。",
-    "\U0001f642 emoji\U0001f642", "tab\tand\x1cfs\u2028line\u00a0nbsp", "x" * 5000, "e\u0301 combining", "\ud800 lone", "nul\x00nul",
-    "the quick brown fox " * 40, "word " * 3 + "end",
+    "",
+    " ",
+    "\n\n",
+    "!!!",
+    "a",
+    "Hello, world: hello",
+    "a_b __c 1.5e-3 ... (x)",
+    "Straße ΟΔΟΣ ΣΑΣ İx naïve café",
+    "日本語 テスト です。",
+    "\U0001f642 emoji\U0001f642",
+    "tab\tand\x1cfs\u2028line\u00a0nbsp",
+    "x" * 5000,
+    "e\u0301 combining",
+    "\ud800 lone",
+    "nul\x00nul",
+    "the quick brown fox " * 40,
+    "word " * 3 + "end",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+
 def test_grouping_keeps_the_rows_of_each_step_and_saves_padding() -> None:
     from posttrain.trainers._train import epoch_order, grouped_order
 

@@ -69,8 +69,13 @@ def config(**fields):
 def random_keys(sizes: list[int], levels: int, seed: int = 0) -> list[Keys]:
     draw = np.random.default_rng(seed)
     return [
-        Keys(rank_of(draw.integers(-levels, levels, n).astype(float)), draw.integers(0, max(2, levels), n).astype(np.uint64), shard,
-             np.arange(1, n + 1), draw.integers(1, 9, n))
+        Keys(
+            rank_of(draw.integers(-levels, levels, n).astype(float)),
+            draw.integers(0, max(2, levels), n).astype(np.uint64),
+            shard,
+            np.arange(1, n + 1),
+            draw.integers(1, 9, n),
+        )
         for shard, n in enumerate(sizes)
     ]
 
