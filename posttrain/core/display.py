@@ -104,7 +104,7 @@ class Display:
             self._line(f"{stage}: committed in {clock(event['seconds'])}")
 
     def _progress(self, event: dict[str, Any]) -> None:
-        text = progress_text(event, self._metrics.get(event["stage"], {}))
+        text = progress_text(event, self._metrics.get(event["stage"], {}) if event["what"] == "train" else {})
         if self._live:
             width = shutil.get_terminal_size().columns - 1
             self._stream.write("\r\x1b[2K" + text[:width])

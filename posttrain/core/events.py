@@ -57,7 +57,7 @@ class Events:
         if path is not None and main:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self._bars: dict[str, tuple[float, float]] = {}
+        self._bars: dict[str, tuple[float, float, float]] = {}
         self.sinks: list[Any] = []
 
     def emit(self, kind: str, **fields: Any) -> None:
@@ -84,12 +84,17 @@ class Events:
         self.emit("metrics", step=step, values=values)
 
     def progress(self, what: str, done: float, total: float | None, unit: str = "it", every_s: float = 0.2, **fields: Any) -> None:
-        """How far a piece of work is; at most one event each `every_s` seconds and piece, the first and last always."""
+        """How far a piece of work is; at most one event each `every_s` seconds and piece, the first and last always.
+
+        Counting from a lower figure than before is a new piece of work of that name, with its own clock.
+        """
         now = time.monotonic()
-        start, last = self._bars.get(what, (now, 0.0))
+        start, last, before = self._bars.get(what, (now, 0.0, done))
+        if done < before:
+            start, last = now, 0.0
         if now - last < every_s and not (total is not None and done >= total):
             return
-        self._bars[what] = (start, now)
+        self._bars[what] = (start, now, done)
         self.emit("progress", what=what, done=done, total=total, unit=unit, seconds=round(now - start, 3), **fields)
 
     def flush(self) -> None:

@@ -79,3 +79,17 @@ def test_close_on_a_full_disk() -> None:
     events._file = open("/dev/full", "w")  # noqa: SIM115
     events._file.write("x" * 10)
     events.close()
+
+
+def test_a_second_piece_of_work_of_the_same_name_has_its_own_clock(tmp_path, monkeypatch) -> None:
+    from posttrain.core import events as module
+
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    found = []
+    events = module.Events(None)
+    events.sinks.append(found.append)
+    for at, done in ((100.0, 1), (110.0, 4), (200.0, 1), (205.0, 4)):
+        now[0] = at
+        events.progress("eval", done, 4)
+    assert [e["seconds"] for e in found] == [0.0, 10.0, 0.0, 5.0]
