@@ -198,25 +198,33 @@ class RewardUse(Strict):
     """The reward's column -> the rows' column, e.g. `{answer: solution}`."""
 
 
-class EvalSet(Strict):
-    """One named set of rows and what to measure on it."""
+Metric = Literal["loss", "perplexity", "accuracy", "pass@k"]
 
-    from_: str = Field(alias="from")
-    """Source or stage with a part, e.g. `tasks:test`."""
-    metrics: list[Literal["loss", "perplexity", "accuracy", "pass@k"]] = ["loss"]
-    """`loss`, `perplexity`: held-out next-token loss; `accuracy`: verified greedy and sampled; `pass@k`: from `samples`."""
+
+class Measurement(Strict):
+    """How rows are measured."""
+
     rows: Positive | None = None
     """At most this many rows, chosen by hash."""
     samples: Positive = 1
     """Sampled completions a prompt for `accuracy` (sampled) and `pass@k`."""
     max_tokens: Positive = 64
-    """Completion length limit."""
+    """Completion limit in tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature."""
     reward: str = "exact"
     """Reward that verifies a completion (1.0 = right)."""
     max_length: Positive = 1024
     """Tokens of a row used for the loss."""
+
+
+class EvalSet(Measurement):
+    """One named set of rows and what to measure on it."""
+
+    from_: str = Field(alias="from")
+    """Source or stage with a part, e.g. `tasks:test`."""
+    metrics: list[Metric] = ["loss"]
+    """`loss`, `perplexity`: held-out next-token loss; `accuracy`: verified greedy and sampled; `pass@k`: from `samples`."""
 
 
 class EvalConfig(Strict):

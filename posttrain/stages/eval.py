@@ -6,19 +6,15 @@ filled. Adapters are merged and quantized checkpoints dequantized on loading. Th
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from posttrain.config.base import Positive
-from posttrain.config.common import EvalSet, StageConfig, StageEval
+from posttrain.config.common import EvalSet, Measurement, Metric, StageConfig, StageEval
 from posttrain.core.registry import data_port, model_port, stage
 
-Metric = Literal["loss", "perplexity", "accuracy", "pass@k"]
 
-
-class Config(StageConfig):
-    """Fields of the stage; those from `metrics` on concern the port `data` only, and mean what they mean in an eval set."""
+class Config(Measurement, StageConfig):
+    """Fields of the stage; `metrics` and how to measure concern the port `data` only."""
 
     eval: StageEval = StageEval()
     """Which of the pipeline's sets to measure; `sets: []` for none."""
@@ -26,18 +22,6 @@ class Config(StageConfig):
     """Sequences in one forward pass."""
     metrics: list[Metric] | None = None
     """What to measure on `data`; default `accuracy` (and `pass@k` with samples) on verifiable rows, else `loss` and `perplexity`."""
-    rows: Positive | None = None
-    """At most this many rows, chosen by hash."""
-    samples: Positive = 1
-    """Sampled completions a prompt."""
-    max_tokens: Positive = 64
-    """Completion length limit in tokens."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Sampling temperature."""
-    reward: str = "exact"
-    """Reward that verifies a completion."""
-    max_length: Positive = 1024
-    """Tokens of a row used for the loss."""
 
 
 def _default_metrics(rows: str | None, samples: int) -> list[str]:
@@ -53,7 +37,7 @@ def _sets(cfg: Config, ctx: Any) -> list[Any]:
 
     sets = load_eval_sets(ctx)
     for ref in ctx.refs("data"):
-        fields = cfg.model_dump(include={"rows", "samples", "max_tokens", "temperature", "reward", "max_length"})
+        fields = cfg.model_dump(include=set(Measurement.model_fields))
         spec = EvalSet.model_validate({"from": ref.label, "metrics": cfg.metrics or _default_metrics(ref.rows, cfg.samples), **fields})
         sets.append(EvalSetData("data", spec, ref, take_rows(load_rows(ref), cfg.rows)))
     if not sets:
