@@ -74,6 +74,7 @@ def encode_row(tokenizer: Any, row: dict[str, Any], data: DataConfig, *, stop_id
 
 
 def encoded(tokenizer: Any, row: dict[str, Any], data: DataConfig, format: str, stops: set[int]) -> Encoded:
+    """One row as tokens; `format` is settled (`chat` or `plain`), `stops` are the tokens that end a turn. Raises RowError."""
     notes: list[str] = []
     if "text" in row:
         ids = [*plain_ids(tokenizer, row["text"]), _eos(tokenizer)]

@@ -18,6 +18,7 @@ PARQUET_BATCH = 64
 
 
 def parquet_rows(path: Path, on_bad: str, bad: BadRows, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a parquet file as (row number from 1, dict), one batch in memory; see `read_shard`."""
     import pyarrow
     import pyarrow.parquet
 

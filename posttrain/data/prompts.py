@@ -75,6 +75,7 @@ def render_prompt(tokenizer: Any, row: dict[str, Any], format: Format = "auto") 
 
 
 def prompt_ids(tokenizer: Any, row: dict[str, Any], format: str) -> list[int]:
+    """Tokens of what the row asks, in a settled format (`chat` or `plain`). Raises RowError."""
     turns = prompt_messages(row)
     if format == "chat":
         ids = _chat_ids(tokenizer, render(tokenizer, turns, row.get("tools"), generation=True))
@@ -92,6 +93,7 @@ def prompt_ids(tokenizer: Any, row: dict[str, Any], format: str) -> list[int]:
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that begins a sequence: with bos where the model has one, without the eos some tokenizers add."""
     ids = list(tokenizer(text)["input_ids"])
     eos = tokenizer.eos_token_id
     if ids and ids[-1] == eos and not text.endswith(tokenizer.eos_token):
@@ -104,6 +106,7 @@ def _chat_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def bare_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that goes on a sequence: no special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -124,4 +127,5 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def tokenizer_name(tokenizer: Any) -> str:
+    """For messages: the folder or id it came from, without the path."""
     return Path(str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)).name

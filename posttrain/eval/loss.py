@@ -18,10 +18,12 @@ class Tokens(Protocol):
     """One encoded row: `loss_mask[i]` says that token i, predicted from those before it, carries loss."""
 
     @property
-    def input_ids(self) -> Sequence[int]: ...
+    def input_ids(self) -> Sequence[int]:
+        """Tokens of the row."""
 
     @property
-    def loss_mask(self) -> Sequence[int]: ...
+    def loss_mask(self) -> Sequence[int]:
+        """1 for tokens that carry loss, of the same length."""
 
 
 def row_losses(

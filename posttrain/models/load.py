@@ -230,7 +230,7 @@ def pretrained(source: Source, folder: str, dtype: Any, options: dict[str, Any],
         extra["attn_implementation"] = options["attn"]
     try:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 trust_remote_code=options["trust"],
@@ -239,6 +239,7 @@ def pretrained(source: Source, folder: str, dtype: Any, options: dict[str, Any],
                 use_safetensors=None if "gguf_file" in extra else True,
                 **extra,
             )
+            return loaded[0], loaded[1]
     except EXPECTED as error:
         raise ArtifactError(
             f"transformers cannot load it: {_first_line(error)}",

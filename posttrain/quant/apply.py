@@ -15,7 +15,8 @@ from posttrain.quant.scheme import Scheme
 
 def linear_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """Name -> (out, in) of every linear layer."""
-    return {name: tuple(module.weight.shape) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name: (module.out_features, module.in_features) for name, module in linears.items()}
 
 
 def output_name(model: Any) -> str:

@@ -48,7 +48,8 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return tuple(self.codes.shape)
+        out, columns = self.codes.shape
+        return out, columns
 
 
 def quantize_rtn(
@@ -78,11 +79,11 @@ def quantize_rtn(
     w = grouped(weight, group_size, name)
     if not torch.isfinite(w).all():
         raise QuantError("the weight holds NaN or infinity", where=name, fix="quantize an earlier, finite checkpoint")
-    best: tuple[Tensor, ...] | None = None
+    best: tuple[Tensor, ...] = ()
     for scale, zero in _candidates(w, bits, symmetric, mse, scale_dtype):
         codes = (torch.round(w / scale) + zero).clamp_(0, 2**bits - 1)
         error = ((codes - zero) * scale - w).square_().sum(-1, keepdim=True)
-        best = (error, codes, scale, zero) if best is None else _better(best, (error, codes, scale, zero))
+        best = _better(best, (error, codes, scale, zero)) if best else (error, codes, scale, zero)
     _, codes, scale, zero = best
     out, groups = w.shape[:2]
     return QTensor(

@@ -195,7 +195,7 @@ class _Prefix:
         distinct = {tuple(prompt): index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         self.model, self.names = model, _forward_names(model)
         self.width = max(map(len, distinct))
-        self.cache = DynamicCache(config=model.config)
+        self.cache: Any = DynamicCache(config=model.config)
         self.logits = torch.empty(0)
         ids = torch.zeros(len(distinct), self.width, dtype=torch.long)
         self.mask = torch.ones(len(distinct), self.width + room, dtype=torch.long, device=device)

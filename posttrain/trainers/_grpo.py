@@ -88,6 +88,8 @@ class GRPOTrainer(Reliable, trl.GRPOTrainer):
     Rewards of a completion that are all None leave it out of its group's mean; its advantage is 0, and it is counted.
     """
 
+    _make_engine: Any
+
     def __init__(
         self,
         *args: Any,
@@ -98,7 +100,8 @@ class GRPOTrainer(Reliable, trl.GRPOTrainer):
     ) -> None:
         self._make_engine, self.correction, self.correction_cap = engine, correction, correction_cap
         self.engine: RolloutEngine | None = None
-        self.window_items, self._rollout_inputs, self._rollouts = 0, [], 0
+        self._rollout_inputs: list[dict[str, Any]] = []
+        self.window_items, self._rollouts = 0, 0
         if engine is not None:
             kwargs["rollout_func"] = self._rollout
         super().__init__(*args, **kwargs)

@@ -49,6 +49,9 @@ class SFTTrainer(Reliable, trl.SFTTrainer):
     it every number is TRL's own.
     """
 
+    data_collator: Any
+    _signature_columns: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if WEIGHT in (getattr(self.train_dataset, "column_names", None) or []):
@@ -110,7 +113,9 @@ def encode_dataset(encoded: Sequence[Any], weights: Sequence[float] | None = Non
     Raises:
         DataError: no token carries loss, a weight is negative or not a number, or all weights are 0.
     """
-    rows = [{"input_ids": list(item.input_ids), "labels": labels_of(item.input_ids, item.loss_mask)} for item in encoded]
+    rows: list[dict[str, Any]] = [
+        {"input_ids": list(item.input_ids), "labels": labels_of(item.input_ids, item.loss_mask)} for item in encoded
+    ]
     counts = [supervised(row["labels"]) for row in rows]
     if not sum(counts):
         raise DataError(

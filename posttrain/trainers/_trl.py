@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from posttrain.core.events import Events
 
 TRAINING_ARGS = "training_args.bin"
+_Trainer: Any = object
+"""What a mixin stands before: transformers' Trainer, known only once a trainer is composed."""
 
 
 class RunEvents(TrainerCallback):
@@ -87,9 +89,10 @@ class _StopAtStepEnd(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class SafeCheckpoint:
+class SafeCheckpoint(_Trainer):
     """Complete checkpoints: see `_checkpoint.py`. `save_total_limit` of the arguments becomes our own rotation."""
 
+    state: Any
     events: Events | None = None
     keep_checkpoints: int | None = None
     _saving = False
@@ -155,7 +158,7 @@ class SafeCheckpoint:
             self.restore_own_state(json.loads(file.metadata()["values"]), tensors)
 
 
-class NumericsGuard:
+class NumericsGuard(_Trainer):
     """Stops all ranks before the update when a loss or the gradient norm is not finite on any of them."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -122,6 +122,7 @@ def best_folder(work: Path) -> Path | None:
 
 
 def watch(cfg: TrainConfig, ctx: StageContext, trainer: Any, tokenizer: Any) -> None:
+    """Adds the evaluations that `commit.best` and `eval.every` ask for to a trainer."""
     if not cfg.commit.best and not cfg.eval.every:
         return
     from posttrain.eval import evaluate, load_eval_sets, validation_sets

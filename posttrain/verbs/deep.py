@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from posttrain.config.common import TrainConfig
@@ -73,7 +74,7 @@ def deep_check(pipeline: Pipeline, runs: str | None = None) -> list[str]:
     found = Findings()
     for name, source in pipeline.sources.items():
         ref = InputRef("data", name, "source", "dataset", split="all", rows=source.kind, spec=source.dump())
-        found.trying(f"sources.{name}", lambda name=name, ref=ref: _check_source(name, ref, found))
+        found.trying(f"sources.{name}", partial(_check_source, name, ref, found))
     stages: list[PlannedStage] = []
     if found.rows.keys() >= {name for name, source in pipeline.sources.items() if not source.hub}:
         found.trying("plan", lambda: stages.extend(make_plan(pipeline, run_dir(pipeline, runs))))
@@ -128,7 +129,7 @@ def _check_config(stage: WiredStage, found: Findings) -> None:
     """Rewards and the `trl:` block of one stage."""
     for place, item in enumerate(getattr(stage.config, "rewards", [])):
         path, columns = f"stages.{stage.config.name}.rewards.{place}", dict(getattr(item, "columns", {}))
-        found.trying(path, lambda i=item, c=columns, p=path: check_reward(i.use, c, _first_rows(stage.inputs, found), p))
+        found.trying(path, partial(check_reward, item.use, columns, _first_rows(stage.inputs, found), path))
     if isinstance(stage.config, TrainConfig) and stage.config.trl:
         from posttrain.trainers._fields import check_block
 
@@ -139,7 +140,7 @@ def _check_eval_rewards(pipeline: Pipeline, found: Findings) -> None:
     for name, item in pipeline.eval.sets.items():
         if {"accuracy", "pass@k"} & set(item.metrics):
             rows, path = found.rows.get(item.from_.split(":")[0], []), f"eval.sets.{name}.reward"
-            found.trying(path, lambda i=item, r=rows, p=path: check_reward(i.reward, {}, r, p))
+            found.trying(path, partial(check_reward, item.reward, {}, rows, path))
 
 
 def _check_stages(pipeline: Pipeline, stages: list[PlannedStage], found: Findings) -> None:

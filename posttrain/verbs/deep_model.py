@@ -70,9 +70,9 @@ class Models:
         if source is None or source.form == "gguf":
             self._found.skipped.append(f"{ref.name}: not a local folder, so template and lengths are checked when it runs")
             return None
-        check_folder(source.path)
+        check_folder(source.local)
         if source.form == "adapter":
-            base = read_base(source.path)[0]
+            base = read_base(source.local)[0]
             return self._locate(replace(ref, origin="model", name=base.id, spec={"id": base.id, "revision": base.revision}))
         return source.path
 
@@ -109,7 +109,7 @@ class Models:
             tensors = [entry for file in weight_files(folder) for entry in read_header(file).values()]
         except ArtifactError:
             return None
-        return sum(math.prod(entry["shape"]) for entry in tensors)
+        return sum(int(math.prod(entry["shape"])) for entry in tensors)
 
 
 def _cached(source: Any) -> Any:

@@ -49,7 +49,7 @@ def is_checkout(folder: Path) -> bool:
     if not path.is_file() or not (folder / "posttrain" / "core").is_dir():
         return False
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8")).get("project", {}).get("name") == "posttrain"
+        return bool(tomllib.loads(path.read_text(encoding="utf-8")).get("project", {}).get("name") == "posttrain")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):
         return False
 
@@ -81,15 +81,13 @@ def check_name(what: str, name: str) -> str:
         raise ConfigError(
             f"`{name}` cannot name a {what}: use lower-case letters, digits and `_`, no Python keyword", where="posttrain new", fix=fix
         )
-    if what == "reward":
-        from posttrain.rewards.registry import known_rewards as known
-    else:
-        from posttrain.core.registry import methods as known
+    from posttrain.core.registry import methods
+    from posttrain.rewards.registry import known_rewards
+
     full = f"select.{bare}" if what == "selector" else bare
-    if full in known():
-        raise ConfigError(
-            f"there is a {what} `{full}` already, in {known()[full].module}", where="posttrain new", fix="choose another name"
-        )
+    known = known_rewards().get(full) if what == "reward" else methods().get(full)
+    if known:
+        raise ConfigError(f"there is a {what} `{full}` already, in {known.module}", where="posttrain new", fix="choose another name")
     return bare
 
 

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,23 @@ def test_every_module_says_what_it_is_for() -> None:
 def test_every_public_function_is_annotated() -> None:
     bare = [f"{p.relative_to(REPO)}:{f.name}" for p in SOURCES for f in _functions(p) if not f.name.startswith("_") and f.returns is None]
     assert not bare
+
+
+def test_every_public_definition_has_a_docstring() -> None:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    bare = []
+    for path in SOURCES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        scopes = [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))]
+        public = [n for scope in scopes for n in scope.body if isinstance(n, kinds) and not n.name.startswith("_")]
+        bare += [f"{path.relative_to(REPO)}:{n.name}" for n in public if not ast.get_docstring(n)]
+    assert not bare
+
+
+@pytest.mark.parametrize("check", [("check",), ("format", "--check")], ids=lambda c: c[0])
+def test_style(check: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, "-m", "ruff", *check, "--no-cache", "."], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_method_has_a_test() -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from posttrain.quant.base import QTensor
-from posttrain.quant.formats.packing import Layout, pack, unpack
+from posttrain.quant.formats.packing import Layout, pack
 
 
 def to_tensors(name: str, q: QTensor, layout: Layout) -> dict[str, Tensor]:
@@ -34,15 +34,6 @@ def to_tensors(name: str, q: QTensor, layout: Layout) -> dict[str, Tensor]:
     if q.zero_points is not None:
         tensors[f"{name}.weight_zero_point"] = pack(q.zero_points.t(), q.bits, layout).t().contiguous()
     return tensors
-
-
-def from_tensors(name: str, tensors: dict[str, Tensor], bits: int, group_size: int, layout: Layout) -> QTensor:
-    """The QTensor of one layer; inverse of `to_tensors`."""
-    out, columns = tensors[f"{name}.weight_shape"].tolist()
-    packed_zero = tensors.get(f"{name}.weight_zero_point")
-    zero = None if packed_zero is None else unpack(packed_zero.t(), bits, out, layout).t().contiguous()
-    codes = unpack(tensors[f"{name}.weight_packed"], bits, columns, layout)
-    return QTensor(codes, tensors[f"{name}.weight_scale"], zero, bits, group_size, zero is None)
 
 
 def quantization_config(bits: int, group_size: int, symmetric: bool, ignore: Iterable[str]) -> dict[str, Any]:

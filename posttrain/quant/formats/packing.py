@@ -33,18 +33,6 @@ def pack(codes: Tensor, bits: int, layout: Layout = "dense") -> Tensor:
     return torch.where(flat >= 2**31, flat - 2**32, flat).to(torch.int32).contiguous()
 
 
-def unpack(words: Tensor, bits: int, columns: int, layout: Layout = "dense") -> Tensor:
-    """uint8 [rows, columns] from int32 [rows, words]; inverse of `pack`."""
-    index = torch.arange(columns, device=words.device)
-    if layout == "dense":
-        word, shift = index * bits // 32, index * bits % 32
-    else:
-        word, shift = index // (32 // bits), index % (32 // bits) * bits
-    unsigned = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))
-    both = unsigned[:, word] | (unsigned[:, word + 1] << 32)
-    return ((both >> shift) & (2**bits - 1)).to(torch.uint8)
-
-
 def word_count(columns: int, bits: int, layout: Layout = "dense") -> int:
     """Words that hold a row of codes."""
     return math.ceil(columns * bits / 32) if layout == "dense" else math.ceil(columns / (32 // bits))
