@@ -19,7 +19,7 @@ from posttrain.core.events import dumps
 from posttrain.core.hashing import digest_of
 from posttrain.core.registry import Method
 from posttrain.core.rundir import RunDir, changed_input, is_committed, read_json, read_manifest
-from posttrain.errors import ConfigError, Problem
+from posttrain.errors import ConfigError, PosttrainError, Problem
 
 HELD_OUT = ("validation", "test")
 _HOLDING = ("dtype", "attn", "gradient_checkpointing")
@@ -250,7 +250,7 @@ def make_plan(pipeline: Pipeline, run: RunDir, selection: Selection = Selection(
     problems: list[Problem] = []
     for stage in wired:
         planned = _plan_stage(stage, pipeline, run, selection, names, holding, done)
-        problems += _missing(planned, done)
+        problems += [*_missing(planned, done), *_unfit(planned, done)]
         done[planned.name] = planned
     if problems:
         raise ConfigError(problems=problems, where="plan")
@@ -266,6 +266,32 @@ def _missing(stage: PlannedStage, done: dict[str, PlannedStage]) -> list[Problem
         for name in dict.fromkeys(needed)
         if done[name].action == "skip"
     ]
+
+
+def _unfit(stage: PlannedStage, done: dict[str, PlannedStage]) -> list[Problem]:
+    """What the method's own check finds on the model that the stage will get."""
+    folder = _model_folder(stage, done) if stage.todo and stage.method.check else None
+    if folder is None or stage.method.check is None:
+        return []
+    try:
+        stage.method.check(stage.config, folder)
+    except PosttrainError as error:
+        return [Problem(f"stages.{stage.name}.{error.where}", error.message, error.fix)]
+    return []
+
+
+def _model_folder(stage: PlannedStage, done: dict[str, PlannedStage]) -> Path | None:
+    """Local folder that the stage's model goes back to, with the same layers; None where it is not there (yet)."""
+    from posttrain.models.source import resolve_model
+
+    ref = next(iter(stage.inputs.get("model", [])), None)
+    while ref is not None and ref.origin == "stage":
+        producer = done[ref.name]
+        if "model" not in producer.inputs:
+            return producer.folder / OUT if producer.action == "reuse" else None
+        ref = next(iter(producer.inputs["model"]), None)
+    source = resolve_model(ref) if ref is not None else None
+    return source.path if source is not None and source.form == "folder" else None
 
 
 def _plan_stage(stage: WiredStage, pipeline: Pipeline, run: RunDir, selection: Selection, names: list[str],

@@ -73,6 +73,7 @@ class Method:
     module: str
     doc: str
     estimate: Callable[[Any], dict[str, float]] | None = field(default=None, compare=False)
+    check: Callable[[Any, Path], None] | None = field(default=None, compare=False)
 
 
 _METHODS: dict[str, Method] = {}
@@ -88,6 +89,7 @@ def stage(
     rows: str | Callable[[Any, dict[str, str]], str] | None = None,
     evals: bool = False,
     estimate: Callable[[Any], dict[str, float]] | None = None,
+    check: Callable[[Any, Path], None] | None = None,
 ) -> Callable[[Callable[[Any, Any], None]], Callable[[Any, Any], None]]:
     """Declares a method.
 
@@ -100,6 +102,8 @@ def stage(
         rows: row type of an output dataset, or a function (cfg, {port: row type}) -> row type.
         evals: the stage makes or changes a model and evaluates it (before/after).
         estimate: cfg -> {"tokens", "seconds", "disk_bytes"}, shown by `plan`; every key optional.
+        check: (cfg, folder of the model that the stage's input goes back to) -> None; raises a PosttrainError, `where` below the stage,
+            for what would fail on such a model. `plan` calls it where that folder is there; it must not import torch.
     """
 
     def register(run: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
@@ -109,7 +113,7 @@ def stage(
                 f"method `{name}` is declared twice, in {_METHODS[name].module} and {run.__module__}",
                 fix="rename one of them",
             )
-        _METHODS[name] = Method(name, config, run, dict(inputs or {}), output, version, rows, evals, run.__module__, doc, estimate)
+        _METHODS[name] = Method(name, config, run, dict(inputs or {}), output, version, rows, evals, run.__module__, doc, estimate, check)
         return run
 
     return register

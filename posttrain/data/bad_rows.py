@@ -9,10 +9,12 @@ from typing import Any
 from posttrain.data.strict_json import RowError
 from posttrain.errors import DataError
 
+ALIKE = 3
+
 
 @dataclass
 class BadRows:
-    """Rows left out, counted by reason, with the places of the first `keep` of them; `first` is (where, message, fix)."""
+    """Rows left out, counted by reason, with the places of the first `keep` of them (three of a reason); `first` is (where, message, fix)."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
@@ -30,7 +32,7 @@ class BadRows:
             raise DataError(str(error), where=where, fix=error.fix or "mend the row, or set `on_bad: skip`") from None
         self.counts[error.reason] += 1
         self.first = self.first if self.examples else (where, str(error), error.fix)
-        if len(self.examples) < self.keep:
+        if len(self.examples) < self.keep and self.counts[error.reason] <= ALIKE:
             self.examples.append(f"{where}: {error}")
 
     def report(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-SHOWN = 20
+SHOWN, ALIKE = 20, 5
 
 
 @dataclass
@@ -49,7 +49,7 @@ class _Tally:
     def take(self, row: dict[str, Any], error: RowError) -> None:
         self.reasons[error.reason] += 1
         self.longest = max(self.longest, getattr(error, "tokens", 0))
-        if len(self.lines) < SHOWN:
+        if len(self.lines) < SHOWN and self.reasons[error.reason] <= ALIKE:
             self.lines.append(f"{place_of(row)}: {error}")
 
     def finish(self, kept: int) -> None:

@@ -68,15 +68,15 @@ def checked(row: dict[str, Any], kind: str, columns: dict[str, str] | None = Non
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     for ours, theirs in columns.items():
         if theirs not in row:
-            raise _missing(row, theirs, f" (for `{ours}`)")
+            raise _missing(row, theirs, f" (for `{ours}`)", ours)
     used = {*columns, *columns.values()}
     return {**{name: value for name, value in row.items() if name not in used}, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
-def _missing(row: dict[str, Any], name: str, note: str = "") -> RowError:
+def _missing(row: dict[str, Any], name: str, note: str = "", ours: str = "") -> RowError:
     there = ", ".join(list(row)[:20]) or "none"
     return RowError(
-        f"missing {name}", f"the column `{name}`{note} is missing; columns there: {there}", "name the right column under `columns`"
+        f"missing {name}", f"the column `{name}`{note} is missing; columns there: {there}", f"say which column it is: `columns: {{{ours or name}: THEIR_NAME}}` in the source"
     )
 
 
@@ -150,8 +150,10 @@ def _response(value: Any, name: str) -> str | list[dict[str, Any]]:
 
 def _verifiable(row: dict[str, Any]) -> dict[str, Any]:
     fields = _prompt(row)
-    if row.get("answer") is None:
-        raise _missing(row, "answer", "" if "answer" not in row else " has no value; it")
+    if "answer" not in row:
+        raise _missing(row, "answer")
+    if row["answer"] is None:
+        raise RowError("answer is null", "`answer` is null, so no completion can be verified", "give the answer, or drop the row")
     return {**fields, "answer": row["answer"], **_tools(row)}
 
 

@@ -114,7 +114,9 @@ def _listed(faults: BadRows) -> DataError:
     """One error for the bad rows found: the first, and those within the next LOOK_ON good rows."""
     where, message, fix = faults.first
     others = [f"also {line}" for line in faults.examples[1:]]
-    more = ["... and perhaps more"] if faults.total >= LISTED else []
+    rest = faults.total - len(faults.examples)
+    open_end = ", and perhaps more" if faults.total >= LISTED else ""
+    more = [f"and {rest} more like these{open_end}"] if rest else ["... and perhaps more"] if open_end else []
     return DataError("\n  ".join([message, *others, *more]), where=where, fix=fix or "mend the rows, or set `on_bad: skip`")
 
 

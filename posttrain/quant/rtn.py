@@ -6,6 +6,7 @@ most models. See `quant/base.py` for the maths. The export is read back and comp
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -49,7 +50,16 @@ class RtnConfig(StageConfig):
         return self.bits >= 4 if self.symmetric is None else self.symmetric
 
 
-@stage("quantize.rtn", config=RtnConfig, inputs={"model": model_port(kinds=("model", "adapter"))}, output="quantized", evals=True)
+def check(cfg: RtnConfig, folder: Path) -> None:
+    """Refuses a group size that does not divide the layers of the model in `folder`."""
+    from posttrain.quant.scheme import check_stored
+
+    check_stored(folder, cfg.group_size, cfg.ignore)
+
+
+@stage(
+    "quantize.rtn", config=RtnConfig, inputs={"model": model_port(kinds=("model", "adapter"))}, output="quantized", evals=True, check=check
+)
 def run(cfg: RtnConfig, ctx: StageContext) -> None:
     """Quantizes the linear layers of a model and commits a checkpoint that has been read back."""
     import torch

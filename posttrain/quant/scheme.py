@@ -11,12 +11,14 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from posttrain.errors import QuantError
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "fc2", "dense_4h_to_h")
 ROUTER = re.compile(r".*(\.|^)(mlp|block_sparse_moe|feed_forward)\.(gate|router)$|.*\.shared_expert_gate$")
+LINEAR = re.compile(r"(?!.*\.experts\.).*(_proj|\.fc[12])\.weight$")
 USUAL_GROUPS = (256, 128, 64, 32, 16, 8)
 
 
@@ -78,6 +80,24 @@ def check_groups(layers: Mapping[str, tuple[int, int]], group_size: int) -> None
             where="group_size",
             fix=f"use one of {sizes} (-1 is one group a row), or name the layer in `ignore`",
         )
+
+
+def check_stored(folder: Path, group_size: int, ignore: tuple[str, ...] | list[str] = ()) -> None:
+    """`check_groups` on a model folder, from the headers of its weight files alone.
+
+    Only layers that are linear by their name are looked at; stacked experts are none.
+
+    Raises:
+        QuantError: as `check_groups`.
+        ArtifactError: a damaged folder.
+    """
+    from posttrain.models.check import read_header, weight_files
+
+    entries = {name: entry["shape"] for file in weight_files(folder) for name, entry in read_header(file).items()}
+    shapes = {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in entries.items() if LINEAR.match(name) and len(shape) == 2}
+    kept = {name for name in shapes if any(_fits(name, entry) for entry in ignore)}
+    dense = kept | set(_whole_groups(shapes, kept))
+    check_groups({name: shape for name, shape in shapes.items() if name not in dense}, group_size)
 
 
 def parallel_note(layers: Mapping[str, tuple[int, int]], group_size: int) -> str:

@@ -117,8 +117,8 @@ def _check_source(name: str, ref: InputRef, found: Findings) -> None:
     found.rows[name] = kept
     if bad.total and ref.spec.get("on_bad") != "skip":
         found.data += [Problem(f"sources.{name}", line, "mend the row, or set `on_bad: skip`") for line in bad.examples]
-        if bad.total > LISTED:
-            found.data.append(Problem(f"sources.{name}", f"and {bad.total - LISTED} more bad rows ({bad})"))
+        if bad.total > len(bad.examples):
+            found.data.append(Problem(f"sources.{name}", f"and {bad.total - len(bad.examples)} more bad rows ({bad})"))
     for part, share in zip(("validation", "test"), shares, strict=True):
         if share and part not in parts and total + bad.total < ROWS:
             fix = "give more rows or a larger share; rows with the same prompt are always in the same part"

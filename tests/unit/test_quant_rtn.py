@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -246,3 +248,23 @@ def test_qtensor_is_frozen() -> None:
     assert isinstance(q, QTensor) and q.shape == (12, 64)
     with pytest.raises(AttributeError):
         q.bits = 3
+
+
+def test_group_size_is_refused_by_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """C35: found in the headers of the weight files, before anything is launched."""
+    from safetensors.torch import save_file
+
+    from posttrain.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    shapes = {"model.layers.0.mlp.up_proj": (176, 64), "model.layers.0.mlp.down_proj": (64, 176), "model.embed_tokens": (300, 50)}
+    (tmp_path / "m").mkdir()
+    save_file({f"{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "m" / "model.safetensors")
+    (tmp_path / "m" / "config.json").write_text("{}")
+    lines = ["version: 1", "name: odd", "model: {id: ./m}", "stages: [{name: q, method: quantize.rtn, group_size: 32}]"]
+    (tmp_path / "p.yaml").write_text("\n".join(lines))
+    assert main(["plan", "p.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "stages.q.group_size" in said and "176 input features of model.layers.0.mlp.down_proj" in said and "16, 8, -1" in said
+    assert main(["plan", "p.yaml", "stages.q.group_size=16"]) == 0
+    assert main(["plan", "p.yaml", "stages.q.ignore=[down_proj]"]) == 0
