@@ -1,4 +1,4 @@
-"""R4: a checkpoint that lost, shortened, zeroed or altered any of its files is never used, and the one before is."""
+"""A checkpoint that lost, shortened, zeroed or altered any of its files is never used, and the one before is."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_nan_reward_in_a_stage(tiny_model_dir: Path, tmp_path: Path, monkeypatch
 
 
 def test_reward_that_often_fails_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """R9: more than 5 % failures end the run; fewer are counted and left out, never scored 0."""
+    """More than 5 % failures end the run; fewer are counted and left out, never scored 0."""
     from dataclasses import replace
 
     from posttrain.config.common import RewardUse

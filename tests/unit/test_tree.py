@@ -106,6 +106,13 @@ def test_the_schema_that_the_yamls_name_is_the_present_one() -> None:
     assert named
 
 
+def test_documents_name_files_that_exist() -> None:
+    path = re.compile(r"(?<![\w/.-])(?:posttrain|data_pipelines|tests|configs|launch|docs|benchmarks)/[\w./*-]*[\w*/]")
+    texts = {p: p.read_text(encoding="utf-8") for p in (*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md"))}
+    named = {(p.name, name) for p, text in texts.items() for name in path.findall(text) if "NAME" not in name}
+    assert not [item for item in sorted(named) if not any(REPO.glob(item[1].rstrip("/")))]
+
+
 def test_nothing_committed_names_this_machine_or_is_unfinished() -> None:
     wrong = []
     for path in _tracked():
