@@ -108,6 +108,9 @@ class DataConfig(Strict):
     """`chat`: prompts are rendered by the chat template; `plain`: used as they are; `auto`: chat where the tokenizer has a template."""
     template: PathStr | None = None
     """Jinja chat template to set; only the first stage that holds the model may set it."""
+    add_tokens: list[str] = []
+    """Texts that become one new token each, e.g. `[<call>, </call>]` (supervised stages). Their embedding rows are trained, under
+    LoRA too; they stay in decoded text."""
     max_length: Positive = 1024
     """Longest sequence in tokens; longer ones are cut at the end (text) or dropped and counted (prompt alone too long)."""
     packing: bool = False
@@ -121,6 +124,13 @@ class DataConfig(Strict):
     """Use of a selector's `weight` and `repeat` columns."""
     on_bad: Literal["stop", "skip"] = "stop"
     """A row that cannot be rendered: stop, or skip and count it."""
+
+    @model_validator(mode="after")
+    def _tokens(self) -> DataConfig:
+        odd = [token for token in self.add_tokens if not token.strip() or self.add_tokens.count(token) > 1]
+        if odd:
+            raise ValueError(f"add_tokens: {odd[0]!r} is blank or named twice")
+        return self
 
 
 class OptimConfig(Strict):
@@ -351,4 +361,6 @@ class TrainConfig(StageConfig):
     def _one_length(self) -> TrainConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of `steps` and `epochs`")
+        if self.data.add_tokens and self.lora is not None and self.lora.on_input == "continue":
+            raise ValueError("data.add_tokens needs a new adapter; set lora.on_input: merge")
         return self

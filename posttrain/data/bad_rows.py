@@ -14,7 +14,7 @@ ALIKE = 3
 
 @dataclass
 class BadRows:
-    """Rows left out, counted by reason, with the places of the first `keep` of them (three of a reason); `first` is (where, message, fix)."""
+    """Rows left out, counted by reason, with the first `keep` of them (three of a reason); `first` is (where, message, fix)."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)

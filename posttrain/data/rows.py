@@ -76,7 +76,9 @@ def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
 def _missing(row: dict[str, Any], name: str, note: str = "", ours: str = "") -> RowError:
     there = ", ".join(list(row)[:20]) or "none"
     return RowError(
-        f"missing {name}", f"the column `{name}`{note} is missing; columns there: {there}", f"say which column it is: `columns: {{{ours or name}: THEIR_NAME}}` in the source"
+        f"missing {name}",
+        f"the column `{name}`{note} is missing; columns there: {there}",
+        f"say which column it is: `columns: {{{ours or name}: THEIR_NAME}}` in the source",
     )
 
 

@@ -94,7 +94,9 @@ def check_stored(folder: Path, group_size: int, ignore: tuple[str, ...] | list[s
     from posttrain.models.check import read_header, weight_files
 
     entries = {name: entry["shape"] for file in weight_files(folder) for name, entry in read_header(file).items()}
-    shapes = {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in entries.items() if LINEAR.match(name) and len(shape) == 2}
+    shapes = {
+        name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in entries.items() if LINEAR.match(name) and len(shape) == 2
+    }
     kept = {name for name in shapes if any(_fits(name, entry) for entry in ignore)}
     dense = kept | set(_whole_groups(shapes, kept))
     check_groups({name: shape for name, shape in shapes.items() if name not in dense}, group_size)

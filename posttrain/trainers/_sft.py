@@ -35,7 +35,7 @@ from posttrain.trainers._train import (
     train_and_commit,
     trl_arguments,
 )
-from posttrain.trainers._trl import Reliable
+from posttrain.trainers._trl import Reliable, pass_bias_on
 from posttrain.trainers._watch import evaluate_around
 
 IGNORED = -100
@@ -183,10 +183,12 @@ def build(
         args=args,
         train_dataset=dataset.select(order),
         processing_class=loaded.tokenizer,
-        peft_config=peft_config(cfg.lora, loaded.model),
+        peft_config=peft_config(cfg.lora, loaded.model, loaded.tokenizer.convert_tokens_to_ids(cfg.data.add_tokens)),
         events=ctx.events,
         **options,
     )
+    if cfg.data.add_tokens and cfg.lora:
+        pass_bias_on(trainer.model)
     return trainer, plan
 
 

@@ -29,6 +29,7 @@ from posttrain.errors import ConfigError
 from posttrain.models.load import LoadedModel, load_model
 from posttrain.models.save import save_model
 from posttrain.models.source import resolve_model
+from posttrain.models.tokens import add_tokens, token_rows
 from posttrain.rollout.base import request_seed
 from posttrain.trainers._checkpoint import read_checkpoint
 from posttrain.trainers._fields import check_trl_fields, owned_fields
@@ -109,6 +110,9 @@ def load_for_training(cfg: TrainConfig, ctx: StageContext) -> LoadedModel:
         loaded.model.requires_grad_(True)
     if cfg.data.template:
         set_template(loaded.tokenizer, cfg.data.template, replace=ref.origin == "model")
+    if cfg.data.add_tokens:
+        ids = add_tokens(loaded.model, loaded.tokenizer, cfg.data.add_tokens)
+        ctx.events.log(f"added tokens: {', '.join(f'{token} = {i}' for token, i in zip(cfg.data.add_tokens, ids, strict=True))}")
     return loaded
 
 
@@ -117,13 +121,17 @@ def attached(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def peft_config(lora: LoraConfig | None, model: Any) -> Any:
-    """peft's config of a new adapter; None for full fine-tuning or where an adapter is already attached."""
+def peft_config(lora: LoraConfig | None, model: Any, token_ids: Sequence[int] = ()) -> Any:
+    """peft's config of a new adapter that also trains the rows `token_ids`; None for full fine-tuning or an attached adapter."""
     if lora is None or attached(model):
         return None
     from peft import LoraConfig as PeftLora
 
-    return PeftLora(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=lora.dropout, task_type="CAUSAL_LM")
+    rows = token_rows(model, token_ids) if token_ids else None
+    return PeftLora(
+        r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=lora.dropout, trainable_token_indices=rows,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
 
 
 def trl_arguments(config_class: type, cfg: TrainConfig, ctx: StageContext, plan: Schedule, model: Any, **own: Any) -> Any:

@@ -315,3 +315,13 @@ def policy_logps(trainer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             trainer.model, ids, mask, batch["completion_ids"].size(1), batch_size=trainer.args.per_device_train_batch_size
         )
     return logps
+
+
+def pass_bias_on(model: Any) -> None:
+    """Lets TRL's fused loss read `lm_head.bias` through peft's wrapper of trainable rows, which hands on `weight` only.
+
+    Goes when `TrainableTokensWrapper._hasattr_wrapped` of peft knows `bias`.
+    """
+    head = model.get_output_embeddings()
+    if head is not None and not hasattr(head, "bias"):
+        object.__setattr__(head, "bias", getattr(head.original_module, "bias", None))
