@@ -180,8 +180,8 @@ def check(child: Child, code: int) -> None:
         exit_code, message = outcome(attempt, code, stage.processes)
         where, log = f"stage {stage.name}", f"log: {attempt / 'stdout.log'}"
         if exit_code == EXIT_OK:
-            raise ChildFailed("the stage ended without committing", 1, where=where, fix=log)
+            raise ChildFailed(f"the stage ended without committing\n  {log}", 1, where=where)
         text, _, fix = message.partition("\n  fix: ")
         if exit_code == EXIT_PREEMPTED:
             fix = fix or "run the same command again; it goes on from the last complete checkpoint"
-        raise ChildFailed(text, exit_code, where=where, fix=f"{fix}\n  {log}" if fix else log)
+        raise ChildFailed(text if fix else f"{text}\n  {log}", exit_code, where=where, fix=f"{fix}\n  {log}" if fix else "")

@@ -36,6 +36,7 @@ from posttrain.trainers._train import (
     peft_config,
     train_and_commit,
     trl_arguments,
+    trl_refusals,
 )
 from posttrain.trainers._watch import evaluate_around
 
@@ -164,18 +165,19 @@ def build(
         max_completion_length=rollout.max_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
         reward_weights=[use.weight for use in cfg.rewards], use_vllm=False, remove_unused_columns=False,
     )  # fmt: skip
-    trainer = GRPOTrainer(
-        loaded.model,
-        reward_funcs=reward_functions(cfg.rewards, rows),
-        args=args,
-        train_dataset=prompt_dataset(rows, prompt_ids, order, chat),
-        processing_class=loaded.tokenizer,
-        peft_config=peft_config(cfg.lora, loaded.model),
-        events=ctx.events,
-        engine=partial(HFEngine, max_batch=rollout.batch) if rollout.engine == "hf" else None,
-        correction=rollout.correction,
-        correction_cap=rollout.correction_cap,
-    )
+    with trl_refusals(cfg, ctx):
+        trainer = GRPOTrainer(
+            loaded.model,
+            reward_funcs=reward_functions(cfg.rewards, rows),
+            args=args,
+            train_dataset=prompt_dataset(rows, prompt_ids, order, chat),
+            processing_class=loaded.tokenizer,
+            peft_config=peft_config(cfg.lora, loaded.model),
+            events=ctx.events,
+            engine=partial(HFEngine, max_batch=rollout.batch) if rollout.engine == "hf" else None,
+            correction=rollout.correction,
+            correction_cap=rollout.correction_cap,
+        )
     return trainer, plan
 
 

@@ -34,6 +34,7 @@ from posttrain.trainers._train import (
     peft_config,
     train_and_commit,
     trl_arguments,
+    trl_refusals,
 )
 from posttrain.trainers._trl import Reliable, pass_bias_on
 from posttrain.trainers._watch import evaluate_around
@@ -178,15 +179,16 @@ def build(
         trl.SFTConfig, cfg, ctx, plan, loaded.model,
         max_length=cfg.data.max_length, packing=cfg.data.packing, dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
-    trainer = trainer_class(
-        loaded.model,
-        args=args,
-        train_dataset=dataset.select(order),
-        processing_class=loaded.tokenizer,
-        peft_config=peft_config(cfg.lora, loaded.model, loaded.tokenizer.convert_tokens_to_ids(cfg.data.add_tokens)),
-        events=ctx.events,
-        **options,
-    )
+    with trl_refusals(cfg, ctx):
+        trainer = trainer_class(
+            loaded.model,
+            args=args,
+            train_dataset=dataset.select(order),
+            processing_class=loaded.tokenizer,
+            peft_config=peft_config(cfg.lora, loaded.model, loaded.tokenizer.convert_tokens_to_ids(cfg.data.add_tokens)),
+            events=ctx.events,
+            **options,
+        )
     if cfg.data.add_tokens and cfg.lora:
         pass_bias_on(trainer.model)
     return trainer, plan

@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.utils import logging as hf_logging
 from posttrain.config.common import BatchConfig, LoraConfig, TrainConfig
 from posttrain.core.context import StageContext
 from posttrain.data.chat import set_template
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, PosttrainError
 from posttrain.models.load import LoadedModel, load_model
 from posttrain.models.save import save_model
 from posttrain.models.source import resolve_model
@@ -182,6 +183,20 @@ def trl_arguments(config_class: type, cfg: TrainConfig, ctx: StageContext, plan:
         return config_class(**{**cfg.trl, **ours, **own})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{config_class.__name__} refuses these values: {error}", where=where) from error
+
+
+@contextmanager
+def trl_refusals(cfg: TrainConfig, ctx: StageContext) -> Iterator[None]:
+    """What TRL refuses of a stage with a `trl:` block is a ConfigError that names the block."""
+    try:
+        yield
+    except PosttrainError:
+        raise
+    except (ValueError, TypeError) as error:
+        if not cfg.trl:
+            raise
+        fields = ", ".join(cfg.trl)
+        raise ConfigError(f"TRL refuses it: {error}", where=f"stages.{ctx.name}.trl", fix=f"correct or remove: {fields}") from error
 
 
 def describe(ctx: StageContext, plan: Schedule, unit: str) -> None:
