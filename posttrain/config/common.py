@@ -143,7 +143,7 @@ class OptimConfig(Strict):
     schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "cosine"
     """transformers' `lr_scheduler_type`."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
-    """Below 1: share of the steps; from 1: number of steps."""
+    """Below 1: share of the steps; from 1: number of steps, fewer than all. `constant` has none."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -154,6 +154,12 @@ class OptimConfig(Strict):
     """Added to the root of the second moment."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Global gradient-norm clip."""
+
+    @model_validator(mode="after")
+    def _no_warmup_ignored(self) -> OptimConfig:
+        if self.schedule == "constant" and self.warmup and "warmup" in self.model_fields_set:
+            raise ValueError("schedule: constant has no warm-up; use constant_with_warmup, or set warmup: 0")
+        return self
 
 
 class BatchConfig(Strict):
@@ -361,6 +367,8 @@ class TrainConfig(StageConfig):
     def _one_length(self) -> TrainConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of `steps` and `epochs`")
+        if self.steps is not None and self.optim.schedule != "constant" and self.optim.warmup >= self.steps:
+            raise ValueError(f"optim.warmup: {self.optim.warmup:g} of {self.steps} steps never reach the peak learning rate; lower it")
         if self.data.add_tokens and self.lora is not None and self.lora.on_input == "continue":
             raise ValueError("data.add_tokens needs a new adapter; set lora.on_input: merge")
         return self

@@ -70,8 +70,19 @@ def make_schedule(cfg: TrainConfig, steps_an_epoch: float, world: int, where: st
     share = rows // world
     per_device = max(d for d in range(1, min(cfg.batch.per_device, share) + 1) if share % d == 0)
     steps = cfg.steps or max(math.ceil((cfg.epochs or 1.0) * steps_an_epoch - 1e-9), 1)
-    warmup = cfg.optim.warmup
-    return Schedule(steps, rows, per_device, share // per_device, int(warmup) if warmup >= 1 else math.ceil(warmup * steps))
+    warmup = 0 if cfg.optim.schedule == "constant" else _warmup_steps(cfg.optim.warmup, steps, where)
+    return Schedule(steps, rows, per_device, share // per_device, warmup)
+
+
+def _warmup_steps(warmup: float, steps: int, where: str) -> int:
+    """Warm-up steps; the first of them has a learning rate of 0, so a share leaves at least one step at the peak."""
+    if warmup < 1:
+        return min(math.ceil(warmup * steps), steps - 1)
+    if warmup >= steps:
+        raise ConfigError(
+            f"{warmup:g} warm-up steps of {steps} never reach the peak learning rate", where=f"{where}.optim.warmup", fix="lower it"
+        )
+    return int(warmup)
 
 
 def global_rows(batch: BatchConfig, max_length: int) -> int:

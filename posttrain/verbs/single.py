@@ -20,7 +20,7 @@ from posttrain.core import registry
 from posttrain.core.events import dumps
 from posttrain.core.hashing import digest_of
 from posttrain.core.rundir import runs_root
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError
 
 PORTS = ("model", "data", "raw", "target", "calib")
 TOP = ("model", "sources", "eval", "tracking", "limits", "seed", "name")
@@ -47,11 +47,20 @@ def _prompt_file(prompt: str, runs: Path) -> str:
     return str(path)
 
 
-def _source(item: str, accepted: tuple[str, ...]) -> dict[str, Any]:
+def _source(item: str, name: str, accepted: tuple[str, ...], kind: str | None) -> dict[str, Any]:
+    """A source of local rows; the row type is `kind` where it is given, else read off the first row."""
     from posttrain.data.sources import row_type_of
 
     where = os.path.abspath(os.path.expanduser(item))
-    return {"kind": row_type_of(where, accepted), "path": where}
+    if kind:
+        return {"kind": kind, "path": where}
+    try:
+        return {"kind": row_type_of(where, accepted), "path": where}
+    except DataError as error:
+        if "columns" in error.fix:
+            example = f"sources.{name}.kind={accepted[-1]} 'sources.{name}.columns={{prompt: THEIR_NAME}}'"
+            error.fix = f"give the row type and the columns: {example}"
+        raise
 
 
 def _absolute_model(value: str) -> str:
@@ -75,7 +84,7 @@ def _ports(pairs: dict[str, str], stage: str, known: set[str], method: registry.
                 continue
             name = port if len(items) == 1 else f"{port}-{i + 1}"
             accepted = method.inputs[port].rows if port in method.inputs else ()
-            found.append(f"sources.{name}={dumps(_source(item, accepted))}")
+            found.append(f"sources.{name}={dumps(_source(item, name, accepted, pairs.get(f'sources.{name}.kind')))}")
             names.append(name)
         found.append(f"stages.{stage}.in.{port}={dumps(names if len(names) > 1 else names[0])}")
     return found
@@ -106,6 +115,7 @@ def build(method_name: str, overrides: list[str], runs: str | None) -> tuple[Pip
     out, prompt = (pairs.pop(key, None) for key in CONTROL)
     if prompt is not None:
         pairs["data"] = dumps(_prompt_file(prompt, runs_root(runs)))
+    _require_ports(method, pairs)
     name = method_name.replace(".", "-")
     tree: dict[str, Any] = {
         "version": 1,
@@ -114,6 +124,16 @@ def build(method_name: str, overrides: list[str], runs: str | None) -> tuple[Pip
         "stages": [{"name": name.split("-")[0], "method": method_name, "in": {}}],
     }
     return override_tree(tree, to_overrides(tree, pairs, method)), out
+
+
+def _require_ports(method: registry.Method, pairs: dict[str, str]) -> None:
+    """Refuses a command line that leaves a port open which the method cannot do without."""
+    needed = [port for port, declared in method.inputs.items() if not declared.optional or (method.output == "eval" and port == "data")]
+    absent = [port for port in needed if port not in pairs and not any(key.startswith(("eval.", "stages.")) for key in pairs)]
+    if absent:
+        names = " and ".join(f"`{port}=`" for port in absent)
+        given = " ".join(f"{port}={'./model' if port == 'model' else 'rows.jsonl'}" for port in absent)
+        raise ConfigError(f"`{method.name}` needs {names}", where="command line", fix=f"e.g. {given}")
 
 
 def _same(target: Path, folder: Path) -> bool:

@@ -438,7 +438,7 @@ def test_train_from_a_file_with_short_forms(home: Home, monkeypatch: pytest.Monk
 def test_verbs_that_need_a_model_say_so(home: Home, monkeypatch: pytest.MonkeyPatch, verb: str, args: list[str]) -> None:
     monkeypatch.chdir(home.folder)
     result = home(verb, *args)
-    assert result.code == 2 and "needs a model" in result.err
+    assert result.code == 2 and "needs `model=`" in result.err
     gone = home(verb, *args, "model=./nowhere")
     assert gone.code == 4 and "no such model folder" in gone.err
 
@@ -517,3 +517,20 @@ def test_closed_pipe_and_unexpected_errors(home: Home, monkeypatch: pytest.Monke
         home("validate", home.file, "--debug")
     monkeypatch.setattr(pipeline, "load_pipeline", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert home("validate", home.file).code == 75
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["quantize", "rtn"], "needs `model=`"),
+        (["generate", "model=./m"], "needs `data=`"),
+        (["eval", "model=./m"], "needs `data=`"),
+        (["select", "dsir", "rows=3"], "needs `raw=` and `target=`"),
+        (["eval", "model=./m", "data=odd.jsonl"], "sources.data.kind=verifiable"),
+    ],
+)
+def test_verbs_without_a_file_say_what_they_need(args: list[str], words: str, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home.folder)
+    (home.folder / "odd.jsonl").write_text('{"q": "1+1", "final": "2"}\n')
+    result = home(*args)
+    assert result.code in (2, 4) and words in result.err

@@ -167,6 +167,10 @@ def test_schedule() -> None:
     cut = [plan(world, steps=100, batch={"rows": 24, "per_device": 8}) for world in (1, 2, 3, 4)]
     assert [(p.per_device, p.accumulation) for p in cut] == [(8, 3), (6, 2), (8, 1), (6, 1)]
     assert (plan(steps=100, optim={"warmup": 0.03}).warmup, plan(steps=100, optim={"warmup": 7}).warmup) == (3, 7)
+    assert [plan(steps=n).warmup for n in (1, 2, 40)] == [0, 1, 2], "a share leaves a step at the peak"
+    assert plan(steps=9, optim={"schedule": "constant"}).warmup == 0
+    with pytest.raises(ConfigError, match="5 warm-up steps of 5"):
+        plan(epochs=2.0, optim={"warmup": 5})
     with pytest.raises(ConfigError, match="shared equally"):
         plan(5, steps=1, batch={"rows": 24})
     order = epoch_order(10, 25, 3)

@@ -248,3 +248,15 @@ def test_schema_accepts_the_good_and_refuses_the_bad() -> None:
         assert not check.is_valid(parse_yaml(BASE.replace(old, new, 1)).tree), new
     json.dumps(schema, allow_nan=False)
     assert schema["$defs"]["RlConfig"]["properties"]["group"]["description"].startswith("Completions a prompt")
+
+
+@pytest.mark.parametrize(
+    ("optim", "words"), [({"warmup": 10}, "never reach the peak"), ({"schedule": "constant", "warmup": 2}, "no warm-up")]
+)
+def test_warmup_that_would_do_nothing_or_everything(optim: dict[str, Any], words: str) -> None:
+    from pydantic import ValidationError
+
+    from posttrain.trainers.sft import SFTStage
+
+    with pytest.raises(ValidationError, match=words):
+        SFTStage.model_validate({"name": "s", "method": "sft", "steps": 10, "optim": optim})
