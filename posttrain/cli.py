@@ -124,6 +124,10 @@ def _tools(parser: argparse.ArgumentParser, verb: str) -> None:
 _ARGUMENTS = {"pipeline": _pipeline, "single": _single, "look": _look, "tools": _tools}
 
 
+class _Plain(argparse.RawDescriptionHelpFormatter):
+    """Leaves the example on one line, so that it can be copied."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(prog="posttrain", description="Post-training for language models from one YAML file.",
@@ -131,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"posttrain {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
-        sub = verbs.add_parser(name, help=verb.help, description=verb.help + ".", epilog=f"example: {verb.example}")
+        sub = verbs.add_parser(name, help=verb.help, description=verb.help + ".", epilog=f"example: {verb.example}", formatter_class=_Plain)
         _ARGUMENTS[verb.module](sub, name)
         _common(sub)
     return parser
