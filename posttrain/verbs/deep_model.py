@@ -128,9 +128,10 @@ def check_stage(stage: PlannedStage, models: Models, rows: list[Row], found: Fin
     if "model" not in stage.inputs:
         return
     path = f"stages.{stage.name}"
-    _check_lengths(stage, models.positions(stage), path, found)
+    fits = _check_lengths(stage, models.positions(stage), path, found)
     if isinstance(stage.config, TrainConfig):
-        found.trying(path, lambda: _check_rows(stage, models, rows))
+        if fits:
+            found.trying(path, lambda: _check_rows(stage, models, rows))
         _check_memory(stage, models.parameters(stage), path, found)
 
 
@@ -141,13 +142,14 @@ def _max_tokens(stage: PlannedStage) -> tuple[str, int] | None:
     return ("max_tokens", stage.config.max_tokens) if hasattr(stage.config, "max_tokens") else None
 
 
-def _check_lengths(stage: PlannedStage, positions: int | None, path: str, found: Findings) -> None:
-    if positions is None:
-        return
+def _check_lengths(stage: PlannedStage, positions: int | None, path: str, found: Findings) -> bool:
+    """Whether the completion leaves room for a prompt."""
     limit = _max_tokens(stage)
-    if limit and limit[1] >= positions:
-        message = f"{limit[1]} leaves no room for a prompt in the model's {positions} positions"
-        found.config.append(Problem(f"{path}.{limit[0]}", message, "lower it"))
+    if positions is None or limit is None or limit[1] < positions:
+        return True
+    message = f"{limit[1]} leaves no room for a prompt in the model's {positions} positions"
+    found.config.append(Problem(f"{path}.{limit[0]}", message, "lower it"))
+    return False
 
 
 def _check_rows(stage: PlannedStage, models: Models, rows: list[Row]) -> None:

@@ -74,7 +74,7 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("tool call without name", "messages", turns(USER, {"role": "assistant", "tool_calls": [{"function": {}}]}), "tool_calls[0]` needs"),
     ("tools a dict", "messages", {**GOOD["messages"], "tools": {"name": "f"}}, "`tools` must be a list of objects"),
     ("answer missing", "verifiable", {"prompt": "q", "final": "a"}, "column `answer` is missing; columns there: prompt, final"),
-    ("answer null", "verifiable", {"prompt": "q", "answer": None}, "`answer` has no value"),
+    ("answer null", "verifiable", {"prompt": "q", "answer": None}, "`answer` is null"),
     ("chosen missing", "preference", {"prompt": "q", "rejected": "b"}, "column `chosen` is missing"),
     ("chosen equals rejected", "preference", {"prompt": "q", "chosen": "a", "rejected": "a"}, "are the same"),
     ("rejected a number", "preference", {"prompt": "q", "chosen": "a", "rejected": 3}, "must be a list of turns, got int"),

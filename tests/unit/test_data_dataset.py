@@ -254,3 +254,15 @@ def test_c88_texts_without_words_are_rows_like_any_other(tmp_path: Path) -> None
     assert [row["text"] for row in rows] == texts
     assert len({row["id"] for row in rows}) == len(texts)
     assert len({row_key(row) for row in rows}) == len(texts) - 2
+
+
+def test_rows_bad_in_the_same_way_are_shown_three_times(tmp_path: Path) -> None:
+    """C84: the column is named, with the place of the first rows and the number of the others."""
+    lines = [json.dumps({"prompt": f"{i}+1=", "final": str(i + 1)}) for i in range(9)] + [json.dumps({"prompt": "1+1=", "answer": None})]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines) + "\n")
+    spec = {"kind": "verifiable", "path": str(tmp_path / "d.jsonl")}
+    with pytest.raises(DataError) as caught:
+        load_rows(InputRef("data", "d", "source", "dataset", spec=spec, rows="verifiable"))
+    said = str(caught.value)
+    assert said.count("the column `answer` is missing") == 3 and "`answer` is null" in said and "and 6 more like these" in said
+    assert "d.jsonl:1:" in said and "columns there: prompt, final" in said and "columns: {answer: THEIR_NAME}" in said
