@@ -19,7 +19,7 @@ from posttrain.core.events import dumps
 from posttrain.core.hashing import digest_of
 from posttrain.core.registry import Method
 from posttrain.core.rundir import RunDir, changed_input, is_committed, read_json, read_manifest
-from posttrain.errors import ConfigError, PosttrainError, Problem
+from posttrain.errors import ConfigError, Problem, QuantError
 
 HELD_OUT = ("validation", "test")
 _HOLDING = ("dtype", "attn", "gradient_checkpointing")
@@ -275,7 +275,7 @@ def _unfit(stage: PlannedStage, done: dict[str, PlannedStage]) -> list[Problem]:
         return []
     try:
         stage.method.check(stage.config, folder)
-    except PosttrainError as error:
+    except (ConfigError, QuantError) as error:
         return [Problem(f"stages.{stage.name}.{error.where}", error.message, error.fix)]
     return []
 

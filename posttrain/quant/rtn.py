@@ -69,7 +69,7 @@ def run(cfg: RtnConfig, ctx: StageContext) -> None:
     from posttrain.quant.apply import linear_shapes, output_name, quantize_model, round_dense
     from posttrain.quant.base import quantize_rtn
     from posttrain.quant.finish import finish
-    from posttrain.quant.scheme import plan_scheme
+    from posttrain.quant.scheme import check_experts, plan_scheme
 
     loaded = load_model(ctx.ref("model"), dtype="float32", trust_remote_code=ctx.trust_remote_code)
     if loaded.kind == "quantized":
@@ -77,6 +77,7 @@ def run(cfg: RtnConfig, ctx: StageContext) -> None:
             "the input is quantized already", where=f"stages.{ctx.name}.in.model", fix="give the float model that it was made from"
         )
     model = loaded.model
+    check_experts([name for name, parameter in model.named_parameters() if parameter.ndim == 3])
     scheme = plan_scheme(linear_shapes(model), group_size=cfg.group_size, ignore=cfg.ignore, output=output_name(model))
     dtype = getattr(torch, loaded.dtype if cfg.export.dtype == "auto" else cfg.export.dtype)
     around(ctx, "before", model, loaded.tokenizer)

@@ -82,6 +82,20 @@ def check_groups(layers: Mapping[str, tuple[int, int]], group_size: int) -> None
         )
 
 
+def check_experts(names: list[str]) -> None:
+    """Refuses a mixture of experts: transformers holds its experts as one tensor, and cannot read such a checkpoint back.
+
+    Raises:
+        QuantError: `names`, the experts' tensors, are not empty.
+    """
+    if names:
+        raise QuantError(
+            f"a mixture of experts cannot be quantized yet ({len(names)} tensors of experts, first {names[0]})",
+            where="in.model",
+            fix="give a dense model",
+        )
+
+
 def check_stored(folder: Path, group_size: int, ignore: tuple[str, ...] | list[str] = ()) -> None:
     """`check_groups` on a model folder, from the headers of its weight files alone.
 
@@ -94,6 +108,7 @@ def check_stored(folder: Path, group_size: int, ignore: tuple[str, ...] | list[s
     from posttrain.models.check import read_header, weight_files
 
     entries = {name: entry["shape"] for file in weight_files(folder) for name, entry in read_header(file).items()}
+    check_experts([name for name in entries if ".experts." in name])
     shapes = {
         name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in entries.items() if LINEAR.match(name) and len(shape) == 2
     }

@@ -127,5 +127,5 @@ def test_a_thousand_bad_rows_make_a_short_error(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_rows(InputRef("data", "rows", "source", "dataset", spec=spec))
     text = str(caught.value)
-    assert text.count("also ") == 19
-    assert "perhaps more" in text
+    assert text.count("also ") == 2
+    assert "and 997 more like these, and perhaps more" in text

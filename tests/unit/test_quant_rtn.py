@@ -268,3 +268,15 @@ def test_group_size_is_refused_by_the_plan(tmp_path: Path, monkeypatch: pytest.M
     assert "stages.q.group_size" in said and "176 input features of model.layers.0.mlp.down_proj" in said and "16, 8, -1" in said
     assert main(["plan", "p.yaml", "stages.q.group_size=16"]) == 0
     assert main(["plan", "p.yaml", "stages.q.ignore=[down_proj]"]) == 0
+
+
+def test_a_mixture_of_experts_is_refused_by_name(tmp_path: Path) -> None:
+    """C65: its experts would be left dense, and the export could not be read back."""
+    from safetensors.torch import save_file
+
+    from posttrain.quant.scheme import check_stored
+
+    names = [f"model.layers.0.mlp.experts.{i}.up_proj.weight" for i in range(4)]
+    save_file({name: torch.zeros(8, 16) for name in names}, tmp_path / "model.safetensors")
+    with pytest.raises(QuantError, match=r"4 tensors of experts, first model\.layers\.0\.mlp\.experts\.0\.up_proj"):
+        check_stored(tmp_path, 8)
