@@ -178,7 +178,8 @@ def check(child: Child, code: int) -> None:
         if is_committed(stage.folder):
             continue
         exit_code, message = outcome(attempt, code, stage.processes)
-        where, log = f"stage {stage.name}", f"log: {attempt / 'stdout.log'}"
+        where = "" if message.startswith(f"stages.{stage.name}") else f"stage {stage.name}"
+        log = f"log: {attempt / 'stdout.log'}"
         if exit_code == EXIT_OK:
             raise ChildFailed(f"the stage ended without committing\n  {log}", 1, where=where)
         text, _, fix = message.partition("\n  fix: ")
