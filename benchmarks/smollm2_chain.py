@@ -3,17 +3,15 @@
     python benchmarks/smollm2_chain.py            # about a quarter of an hour on 2 free cores
     python benchmarks/smollm2_chain.py --quick    # a few steps of each trainer; its figures mean nothing
 
-Every figure is read from the manifests that the run committed. Interrupted, it goes on where it was, like any run; `wall_s`
-and `cpu_s` are those of the last start, `seconds` of a stage those of its last attempt.
+It is the run `smollm2-cpu`, the same as that of `launch/quickstart.sh --real`: what is committed there is not made again. Every
+figure is read from the manifests; `seconds` of a stage are those of its last attempt.
 """
 
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +32,15 @@ MORE = ("steps", "tokens_unique", "tokens_supervised", "parameters_trained", "se
 METRICS = ("loss", "perplexity", "accuracy", "accuracy_sampled", "pass@1", "pass@2", "pass@4")
 
 
-def run_chain(runs: Path, quick: bool, overrides: list[str]) -> tuple[RunDir, dict[str, float]]:
-    """Runs, or goes on with, the pipeline; returns its folder and the seconds of this start. A failed run ends the benchmark."""
-    name = f"{PIPELINE.stem}-benchmark{'-quick' if quick else ''}"
+def run_chain(runs: Path, quick: bool, overrides: list[str]) -> RunDir:
+    """Runs, or goes on with, the pipeline; returns its folder. A failed run ends the benchmark."""
+    name = f"smollm2-cpu{'-quick' if quick else ''}"
     chosen = [*(QUICK if quick else ()), *overrides, f"name={name}"]
     command = [sys.executable, "-m", "posttrain", "run", str(PIPELINE), *chosen, "--runs", str(runs)]
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     code = subprocess.run(command, cwd=REPO, env={"HF_HUB_OFFLINE": "1", **os.environ}, stdout=sys.stderr).returncode
     if code:
         sys.exit(f"the run ended with code {code}; run the same command again to go on")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return RunDir(runs / slug(name)), {"wall_s": round(time.perf_counter() - started, 1), "cpu_s": round(cpu, 1)}
+    return RunDir(runs / slug(name))
 
 
 def figures(run: RunDir) -> dict[str, dict[str, Any]]:
@@ -80,11 +75,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Command line; returns the record."""
     runs_help = {"default": None, "help": "folder of the runs (default: $POSTTRAIN_RUNS or ./runs)"}
     args = arguments(__doc__ or "", argv, runs=runs_help, set={"action": "append", "default": [], "help": "an override, as of `run`"})
-    run, spent = run_chain(runs_root(args.runs), args.quick, args.set)
+    run = run_chain(runs_root(args.runs), args.quick, args.set)
     stages = figures(run)
     seconds = round(sum(stage["seconds"] for stage in stages.values()), 1)
     record = {
-        "pipeline": str(PIPELINE.relative_to(REPO)), "overrides": args.set, **spent, "stage_seconds": seconds,
+        "pipeline": str(PIPELINE.relative_to(REPO)), "overrides": args.set, "stage_seconds": seconds,
         "path": path_of(stages), "engine_check": next((s["engine_check"] for s in stages.values() if "engine_check" in s), None),
         "stages": stages,
     }  # fmt: skip
