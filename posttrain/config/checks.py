@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from posttrain.config.common import EvalSet
+from posttrain.config.common import EvalSet, StageConfig, steering
 from posttrain.config.fields import nearest
 from posttrain.config.paths import is_hub_id
 from posttrain.config.redact import redact
@@ -112,7 +112,7 @@ def _check_reward(wirer: _Wirer, path: str, name: str) -> None:
         wirer.add(path, f"no reward is called `{name}`", f"did you mean `{near}`?" if near else f"known rewards: {', '.join(known)}")
 
 
-def _check_stage_eval(wirer: _Wirer, stage: object) -> None:
+def _check_stage_eval(wirer: _Wirer, stage: StageConfig) -> None:
     pipeline, name = wirer.pipeline, stage.name  # type: ignore[attr-defined]
     own = getattr(stage, "eval", None)
     chosen = getattr(own, "sets", None)
@@ -125,13 +125,12 @@ def _check_stage_eval(wirer: _Wirer, stage: object) -> None:
                 f"no eval set is called `{item}`",
                 f"did you mean `{near}`?" if near else f"known sets: {known}",
             )
-    best = getattr(getattr(stage, "commit", None), "best", None)
-    if best is not None:
-        _check_best(wirer, name, best.metric, chosen)
+    for field, item in steering(stage).items():
+        _check_steering(wirer, f"stages.{name}.{field}.metric", item.metric, chosen)
 
 
-def _check_best(wirer: _Wirer, name: str, metric: str, chosen: list[str] | None) -> None:
-    path, sets = f"stages.{name}.commit.best.metric", wirer.pipeline.eval.sets
+def _check_steering(wirer: _Wirer, path: str, metric: str, chosen: list[str] | None) -> None:
+    sets = wirer.pipeline.eval.sets
     set_name, _, what = metric.partition(".")
     validation = [n for n, s in sets.items() if s.from_.endswith(":validation")]
     if not what or set_name not in sets:
@@ -146,7 +145,7 @@ def _check_best(wirer: _Wirer, name: str, metric: str, chosen: list[str] | None)
     if set_name not in validation:
         wirer.add(
             path,
-            f"`{set_name}` is not a validation set; test rows are only reported and must not choose weights",
+            f"`{set_name}` is not a validation set; test rows are only reported and must not steer a run",
             f"validation sets: {', '.join(validation) or 'none'}",
         )
     if not any(

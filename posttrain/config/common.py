@@ -265,15 +265,26 @@ class StageEval(Strict):
     """Also evaluate the named validation sets every so many optimizer steps (trainers)."""
 
 
-class BestCommit(Strict):
-    """Commit the best checkpoint of the run instead of the last one."""
+class Steering(Strict):
+    """A validation metric, measured during training, that decides something about it."""
 
     metric: str
     """`SET.METRIC` of a validation set, e.g. `text-val.loss` or `tasks-val.accuracy`."""
     every: Positive
     """Optimizer steps between evaluations of that metric."""
     mode: Literal["min", "max", "auto"] = "auto"
-    """`auto`: min for loss and perplexity, max otherwise."""
+    """`auto`: smaller is better for loss and perplexity, larger otherwise."""
+
+
+class BestCommit(Steering):
+    """Commit the best checkpoint of the run instead of the last one."""
+
+
+class StopAt(Steering):
+    """Stop as soon as a validation metric has reached a level; `steps` or `epochs` is then the longest run."""
+
+    at: float
+    """The level."""
 
 
 class CommitConfig(Strict):
@@ -356,6 +367,8 @@ class TrainConfig(StageConfig):
     """Resumable state."""
     commit: CommitConfig = CommitConfig()
     """Last or best weights."""
+    stop: StopAt | None = None
+    """Stop early at a level of a validation metric."""
     eval: StageEval = StageEval()
     """Evaluation around this stage."""
     log_every: Annotated[Positive, REPORT_ONLY] = 10
@@ -372,3 +385,9 @@ class TrainConfig(StageConfig):
         if self.data.add_tokens and self.lora is not None and self.lora.on_input == "continue":
             raise ValueError("data.add_tokens needs a new adapter; set lora.on_input: merge")
         return self
+
+
+def steering(config: StageConfig) -> dict[str, Steering]:
+    """Dotted field -> validation metric that steers the stage, so that its evaluation can change committed bytes."""
+    found = {"commit.best": getattr(getattr(config, "commit", None), "best", None), "stop": getattr(config, "stop", None)}
+    return {field: item for field, item in found.items() if isinstance(item, Steering)}

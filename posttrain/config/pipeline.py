@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from posttrain.config.base import Name, ReportOnly, Strict, _expand_model_id, _expand_path
 from posttrain.config.checks import check_secrets
-from posttrain.config.common import EvalConfig, LimitsConfig, ModelConfig, SourceConfig, StageConfig, TrackingConfig, TrainConfig
+from posttrain.config.common import EvalConfig, LimitsConfig, ModelConfig, SourceConfig, StageConfig, TrackingConfig, TrainConfig, steering
 from posttrain.config.fields import field_at, fields_of, nearest
 from posttrain.config.load import Mark, Path_, dotted, load_yaml, mark_of
 from posttrain.config.messages import describe, translate
@@ -277,13 +277,12 @@ def semantic(config: StageConfig) -> dict[str, Any]:
     """The part of a stage's config that can change committed bytes, JSON-ready.
 
     Left out: fields marked REPORT_ONLY; `name`, `method`, `seed` and `in`, which enter the stage key on their own; and
-    `eval`, unless the stage commits the best checkpoint by it or its output is an evaluation. A field that holds the
+    `eval`, unless a validation metric steers the stage or its output is an evaluation. A field that holds the
     path of a file enters by the file's content.
     """
     out: dict[str, Any] = _reduce(config)
     for key in ("name", "method", "seed", "in"):
         out.pop(key, None)
-    best = getattr(getattr(config, "commit", None), "best", None)
-    if best is None and method(config.method).output != "eval":
+    if not steering(config) and method(config.method).output != "eval":
         out.pop("eval", None)
     return out

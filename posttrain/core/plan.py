@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.common import steering
 from posttrain.config.fields import nearest
 from posttrain.config.pipeline import Pipeline, WiredStage, data_ref, semantic, wire
 from posttrain.core.artifact import OUT, InputRef
@@ -153,7 +154,7 @@ def _eval_material(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def _steers(stage: WiredStage) -> bool:
     """True if the evaluation can change the committed bytes."""
-    return stage.method.output == "eval" or bool(getattr(getattr(stage.config, "commit", None), "best", None))
+    return stage.method.output == "eval" or bool(steering(stage.config))
 
 
 def _material(

@@ -191,6 +191,7 @@ def build(
         )
     if cfg.data.add_tokens and cfg.lora:
         pass_bias_on(trainer.model)
+    trainer.facts_after = lambda steps: token_facts(dataset, order[: steps * plan.rows])
     return trainer, plan
 
 

@@ -34,7 +34,7 @@ from posttrain.models.tokens import add_tokens, token_rows
 from posttrain.rollout.base import request_seed
 from posttrain.trainers._checkpoint import read_checkpoint
 from posttrain.trainers._fields import check_trl_fields, owned_fields
-from posttrain.trainers._watch import best_folder, evaluate_around, watch
+from posttrain.trainers._watch import evaluate_around, kept_folder, watch
 
 
 @dataclass(frozen=True)
@@ -257,6 +257,20 @@ def whole_model(trainer: Any, sharded: bool) -> Any:
     return whole
 
 
+def _take_kept(trainer: Any, cfg: TrainConfig, ctx: StageContext) -> int:
+    """Loads the weights of an early stop, or the best ones, where the config asks for them; returns the steps of the run."""
+    steps = int(trainer.state.global_step)
+    for kind, wanted in (("stop", cfg.stop), ("best", cfg.commit.best)):
+        folder = kept_folder(ctx.work, kind) if wanted else None
+        if folder is None:
+            continue
+        kept = read_checkpoint(folder)
+        trainer._load_from_checkpoint(str(folder))
+        ctx.summary[kind] = {"step": kept.step, "value": kept.extra["value"]}
+        steps = kept.step if kind == "stop" else steps
+    return steps
+
+
 def train_and_commit(trainer: Any, cfg: TrainConfig, ctx: StageContext, loaded: LoadedModel) -> None:
     """Trains (resuming where a complete checkpoint exists), evaluates, and writes the model or adapter into `ctx.out`."""
     where = f"stages.{ctx.name}"
@@ -270,19 +284,18 @@ def train_and_commit(trainer: Any, cfg: TrainConfig, ctx: StageContext, loaded: 
     ctx.events.log(f"{count:,} trainable parameters")
     watch(cfg, ctx, trainer, loaded.tokenizer)
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=True)
-    seconds = trainer.seconds_before + time.monotonic() - start
-    best = best_folder(ctx.work) if cfg.commit.best else None
-    if best:
-        trainer._load_from_checkpoint(str(best))
-        ctx.summary["best"] = {"step": read_checkpoint(best).step, "value": read_checkpoint(best).extra["value"]}
+    stopped = kept_folder(ctx.work, "stop") if cfg.stop else None
+    if stopped is None:
+        trainer.train(resume_from_checkpoint=True)
+    seconds = read_checkpoint(stopped).extra["seconds"] if stopped else trainer.seconds_before + time.monotonic() - start
+    steps = _take_kept(trainer, cfg, ctx)
     model = whole_model(trainer, sharded)
     if attached(model) and "ref" in model.peft_config:
         model.delete_adapter("ref")
     if model is not None:
         model.gradient_checkpointing_disable()
         model.eval()
-    ctx.summary.update(steps=trainer.state.global_step, parameters_trained=count, seconds_train=round(seconds, 3))
+    ctx.summary.update(trainer.facts_after(steps), steps=steps, parameters_trained=count, seconds_train=round(seconds, 3))
     if ctx.summary.setdefault("tokens", trainer.state.num_input_tokens_seen):
         ctx.summary["tokens_per_s"] = round(ctx.summary["tokens"] / max(seconds, 1e-9), 1)
     evaluate_around(ctx, "after", model, loaded.tokenizer)

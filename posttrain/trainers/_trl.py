@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,6 +215,7 @@ class Reliable(SafeCheckpoint, NumericsGuard):
         self.args.logging_nan_inf_filter = False
         self._stop, self.preempted = StopSignal(), False
         self.seconds_before, self._train_start = 0.0, time.monotonic()
+        self.facts_after: Callable[[int], dict[str, Any]] = lambda steps: {}
         self.add_callback(_StopAtStepEnd(self))
         if events is not None:
             self.add_callback(RunEvents(events))
@@ -222,7 +224,11 @@ class Reliable(SafeCheckpoint, NumericsGuard):
     def own_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Seconds of training so far; subclasses add to it."""
         values, tensors = super().own_state()
-        return {**values, "seconds": self.seconds_before + time.monotonic() - self._train_start}, tensors
+        return {**values, "seconds": self.seconds_trained()}, tensors
+
+    def seconds_trained(self) -> float:
+        """Seconds of training so far, those of earlier attempts included."""
+        return self.seconds_before + time.monotonic() - self._train_start
 
     def restore_own_state(self, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Takes back the seconds of earlier attempts."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from posttrain.config.common import BestCommit, TrainConfig
+from posttrain.config.common import BestCommit, Steering, StopAt, TrainConfig, steering
 from posttrain.core.context import StageContext
 from posttrain.core.durable import write_json
 from posttrain.errors import ArtifactError, ConfigError
@@ -54,19 +54,22 @@ def evaluate_around(ctx: StageContext, when: str, model: Any, tokenizer: Any) ->
 
 
 class Watch(TrainerCallback):
-    """Evaluates every so many steps, and keeps the best weights in `work/best-STEP` for `commit: best`."""
+    """Evaluates every so many steps.
+
+    The best weights are kept in `work/best-STEP` for `commit: best`, those at which a run stopped early in
+    `work/stop-STEP`, so that a run that is killed after its stop does not train on.
+    """
 
     def __init__(
         self, cfg: TrainConfig, ctx: StageContext, trainer: Any, tokenizer: Any, measure: Callable[[Any, Any], dict[str, Any]]
     ) -> None:
-        self.best, self.every = cfg.commit.best, cfg.eval.every
+        self.best, self.stop, self.every = cfg.commit.best, cfg.stop, cfg.eval.every
         self.ctx, self.trainer, self.tokenizer, self.measure = ctx, trainer, tokenizer, measure
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Runs after the update, before a checkpoint of the same step."""
         step = state.global_step
-        report = self.every is not None and step % self.every == 0
-        if not report and not (self.best and step % self.best.every == 0):
+        if not any(every and step % every == 0 for every in (self.every, self.best and self.best.every, self.stop and self.stop.every)):
             return
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         with preserved_rng():
@@ -77,42 +80,55 @@ class Watch(TrainerCallback):
         )
         if self.best and step % self.best.every == 0:
             self._keep(self.best, step, found)
+        if self.stop and step % self.stop.every == 0 and self._reached(self.stop, step, found):
+            control.should_training_stop = True
 
     def _keep(self, best: BestCommit, step: int, found: dict[str, Any]) -> None:
-        value, kept = _metric(found, best.metric), best_folder(self.ctx.work)
+        value, kept = _metric(found, best.metric, "commit.best"), kept_folder(self.ctx.work, "best")
         if not math.isfinite(value) or (kept and not better(best, value, read_checkpoint(kept).extra["value"])):
             return
-        folder = self.ctx.work / f"best-{step}"
+        self._save("best", step, value)
+        self.ctx.events.log(f"best {best.metric} so far: {value:.6g} at step {step}")
+
+    def _reached(self, stop: StopAt, step: int, found: dict[str, Any]) -> bool:
+        value = _metric(found, stop.metric, "stop")
+        if better(stop, stop.at, value) or not math.isfinite(value):
+            return False
+        self._save("stop", step, value)
+        self.ctx.events.log(f"{stop.metric} has reached {value:.6g} at step {step}: training stops")
+        return True
+
+    def _save(self, kind: str, step: int, value: float) -> None:
+        folder = self.ctx.work / f"{kind}-{step}"
         self.trainer.save_model(str(folder), _internal_call=True)
         self.trainer.accelerator.wait_for_everyone()
         if self.ctx.world.main:
             (folder / "training_args.bin").unlink(missing_ok=True)
-            mark_complete(folder, step, self.ctx.world.size, value=value)
-            for old in self.ctx.work.glob("best-*"):
+            mark_complete(folder, step, self.ctx.world.size, value=value, seconds=self.trainer.seconds_trained())
+            for old in self.ctx.work.glob(f"{kind}-*"):
                 if old != folder:
                     clear(old)
         self.trainer.accelerator.wait_for_everyone()
-        self.ctx.events.log(f"best {best.metric} so far: {value:.6g} at step {step}")
 
 
-def better(best: BestCommit, value: float, than: float) -> bool:
+def better(best: Steering, value: float, than: float) -> bool:
     """Whether a value of the metric improves on another."""
     smaller = best.mode == "min" or (best.mode == "auto" and best.metric.rpartition(".")[2] in ("loss", "perplexity"))
     return value < than if smaller else value > than
 
 
-def _metric(found: dict[str, Any], name: str) -> float:
+def _metric(found: dict[str, Any], name: str, field: str) -> float:
     wanted, _, metric = name.rpartition(".")
     try:
         return float(found[wanted][metric]["value"])
     except KeyError:
         known = ", ".join(f"{key}.{inner}" for key, metrics in found.items() for inner in metrics)
-        raise ConfigError(f"no metric `{name}`", where="commit.best.metric", fix=f"use one of: {known}") from None
+        raise ConfigError(f"no metric `{name}`", where=f"{field}.metric", fix=f"use one of: {known}") from None
 
 
-def best_folder(work: Path) -> Path | None:
-    """The complete `best-STEP` folder of a run, or None."""
-    for folder in sorted(work.glob("best-*"), reverse=True):
+def kept_folder(work: Path, kind: str) -> Path | None:
+    """The complete `best-STEP` or `stop-STEP` folder of a run, or None."""
+    for folder in sorted(work.glob(f"{kind}-*"), reverse=True):
         try:
             read_checkpoint(folder)
         except ArtifactError:
@@ -122,18 +138,19 @@ def best_folder(work: Path) -> Path | None:
 
 
 def watch(cfg: TrainConfig, ctx: StageContext, trainer: Any, tokenizer: Any) -> None:
-    """Adds the evaluations that `commit.best` and `eval.every` ask for to a trainer."""
-    if not cfg.commit.best and not cfg.eval.every:
+    """Adds the evaluations that `commit.best`, `stop` and `eval.every` ask for to a trainer."""
+    if not steering(cfg) and not cfg.eval.every:
         return
     from posttrain.eval import evaluate, load_eval_sets, validation_sets
 
     sets = validation_sets(load_eval_sets(ctx))
-    if cfg.commit.best and cfg.commit.best.metric.rpartition(".")[0] not in {item.name for item in sets}:
-        raise ConfigError(
-            f"`{cfg.commit.best.metric}` names no validation set",
-            where=f"stages.{ctx.name}.commit.best.metric",
-            fix="use SET.METRIC of a set `from: SOURCE:validation`",
-        )
+    for field, item in steering(cfg).items():
+        if item.metric.rpartition(".")[0] not in {known.name for known in sets}:
+            raise ConfigError(
+                f"`{item.metric}` names no validation set",
+                where=f"stages.{ctx.name}.{field}.metric",
+                fix="use SET.METRIC of a set `from: SOURCE:validation`",
+            )
     trainer.add_callback(
         Watch(cfg, ctx, trainer, tokenizer, lambda model, tok: evaluate(model, tok, sets, seed=ctx.seed, batch=ctx.eval.get("batch", 64)))
     )

@@ -73,6 +73,24 @@ def test_best_survives_a_stop(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert ctx.summary["eval"]["before"]["val"]["loss"]["n"] == 6
 
 
+STOP = {**BASE, "steps": 40, "optim": {"lr": 0.01, "schedule": "constant", "warmup": 0}}
+
+
+def test_training_stops_at_a_level_and_a_kill_after_the_stop_changes_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
+    plain = run_stage(tmp_path / "plain", "sft", CHATS, "messages", tiny_model_dir, evaluation=evaluation(tmp_path), **{**STOP, "steps": 4})
+    level = plain.summary["eval"]["after"]["val"]["loss"]["value"]
+    fields = {**STOP, "stop": {"metric": "val.loss", "at": level + 1e-4, "every": 2}}
+    ctx = run_stage(tmp_path / "a", "sft", CHATS, "messages", tiny_model_dir, evaluation=evaluation(tmp_path), **fields)
+    assert ctx.summary["steps"] == ctx.summary["stop"]["step"] <= 4
+    if ctx.summary["steps"] == 4:
+        assert same(tensors(tmp_path / "a" / "out"), tensors(tmp_path / "plain" / "out"))
+        assert ctx.summary["tokens"] == plain.summary["tokens"]
+    first = digest(tmp_path / "a" / "out")
+    again = run_stage(tmp_path / "a", "sft", CHATS, "messages", tiny_model_dir, evaluation=evaluation(tmp_path), **fields)
+    assert digest(tmp_path / "a" / "out") == first
+    assert again.summary["steps"] == ctx.summary["steps"] and again.summary["tokens"] == ctx.summary["tokens"]
+
+
 def test_best_by_an_unknown_set_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     from posttrain.errors import ConfigError
 
