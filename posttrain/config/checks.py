@@ -113,7 +113,7 @@ def _check_reward(wirer: _Wirer, path: str, name: str) -> None:
 
 
 def _check_stage_eval(wirer: _Wirer, stage: StageConfig) -> None:
-    pipeline, name = wirer.pipeline, stage.name  # type: ignore[attr-defined]
+    pipeline, name = wirer.pipeline, stage.name
     own = getattr(stage, "eval", None)
     chosen = getattr(own, "sets", None)
     for place, item in enumerate(chosen or []):
