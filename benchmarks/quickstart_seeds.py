@@ -3,7 +3,8 @@
     python benchmarks/quickstart_seeds.py            # three seeds, about half an hour on 2 cores
     python benchmarks/quickstart_seeds.py --quick    # configs/tiny/quickstart.yaml, one seed
 
-Every figure is read from the manifests that the runs committed. Interrupted, it goes on where it was, like any run.
+Every figure is read from the manifests that the runs committed; `seconds` are those of the stages. Interrupted, it goes on where it
+was, like any run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,21 @@ from posttrain.core.rundir import RunDir, read_json, runs_root, slug
 
 REPO = Path(__file__).resolve().parent.parent
 FACTS = (
-    "rows_in", "rows_out", "tokens", "tokens_per_s", "kl_reduction", "size_bytes_before", "size_bytes",
-    "perplexity_before", "perplexity_after",
+    "rows_in", "rows_out", "tokens", "tokens_per_s", "steps", "kl_reduction", "kl_reduction_at_size", "kl_raw", "kl_random", "kl_picked",
+    "size_bytes_before", "size_bytes",
 )  # fmt: skip
 
 
 def run_seed(pipeline: Path, seed: int, runs: Path) -> dict[str, Any]:
     """Runs the pipeline with one seed and returns what its manifests say; a failed run ends the benchmark."""
     name = f"{pipeline.stem}-{pipeline.parent.name}-seed-{seed}"
-    started = time.perf_counter()
     command = [sys.executable, "-m", "posttrain", "run", str(pipeline), f"seed={seed}", f"name={name}", "--runs", str(runs)]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
     code = subprocess.run(command, cwd=REPO, env=environment, stdout=sys.stderr).returncode
     if code:
         sys.exit(f"seed {seed} ended with code {code}; run the same command again to go on")
-    return {"seconds": round(time.perf_counter() - started, 1), "stages": stages_of(RunDir(runs / slug(name)))}
+    stages = stages_of(RunDir(runs / slug(name)))
+    return {"seconds": round(sum(stage["seconds"] for stage in stages.values()), 1), "stages": stages}
 
 
 def stages_of(run: RunDir) -> dict[str, dict[str, Any]]:
