@@ -1,6 +1,6 @@
 """The chain on a real pretrained model: what each stage of configs/pipelines/smollm2_cpu.yaml does to SmolLM2-135M-Instruct.
 
-    python benchmarks/smollm2_chain.py            # about a quarter of an hour on 2 free cores
+    python benchmarks/smollm2_chain.py            # half an hour on 2 busy cores
     python benchmarks/smollm2_chain.py --quick    # a few steps of each trainer; its figures mean nothing
 
 It is the run `smollm2-cpu`, the same as that of `launch/quickstart.sh --real`: what is committed there is not made again. Every
