@@ -79,6 +79,7 @@ def test_close_on_a_full_disk() -> None:
     events._file = open("/dev/full", "w")  # noqa: SIM115
     events._file.write("x" * 10)
     events.close()
+    assert events._file is None
 
 
 def test_a_second_piece_of_work_of_the_same_name_has_its_own_clock(tmp_path, monkeypatch) -> None:
