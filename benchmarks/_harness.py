@@ -134,6 +134,23 @@ def _summary(ratios: dict[str, list[list[float]]], seconds: list[Any], column: i
     return {"ratio": ratio, "control": control, "verdict": verdict(ratio, control), "baseline_s": base, "candidate_s": ours}
 
 
+def speed(compared: dict[str, Any], clock: str = "cpu") -> dict[str, Any]:
+    """What a speed benchmark's last line holds, of `compare(peer, ours)`.
+
+    Returns:
+        {"ours", "peer": median seconds, "ratio": the peer's time over ours (above 1: ours is faster), "ci95": its bootstrap
+        interval, "control": the same ratio of the peer against itself, "verdict", "clock"}.
+    """
+    found = compared[clock]
+    control = {**found["control"], "value": 1 / found["control"]["value"]}
+    control["low"], control["high"] = 1 / found["control"]["high"], 1 / found["control"]["low"]
+    return {
+        "ours": found["candidate_s"], "peer": found["baseline_s"], "ratio": 1 / found["ratio"]["value"],
+        "ci95": [1 / found["ratio"]["high"], 1 / found["ratio"]["low"]], "control": control,
+        "verdict": found["verdict"], "clock": clock, "pairs": compared["pairs"],
+    }  # fmt: skip
+
+
 class Cells:
     """Finished (arm, seed) cells of a benchmark, kept in `OUT/NAME.cells.jsonl`.
 
@@ -178,7 +195,7 @@ def _file_name(name: str, args: argparse.Namespace) -> str:
 def finish(name: str, result: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Adds machine and command, writes `OUT/NAME.json` and prints the record as the last line."""
     command = "python " + " ".join([f"benchmarks/{name}.py", *sys.argv[1:]])
-    record = {"benchmark": name, "quick": bool(args.quick), "command": command, "machine": machine(), **result}
+    record = {"name": name, "quick": bool(args.quick), "command": command, "machine": machine(), **result}
     write_json(Path(args.out) / f"{_file_name(name, args)}.json", record)
     print(dumps(record), flush=True)
     return record

@@ -108,3 +108,10 @@ def test_gains_read_manifests(tmp_path: Path) -> None:
     assert gain["rise"] == [0.5]
     assert gain["least_rise"] == 0.5
     assert seeds.gains([{"stages": found}], "sft", "accuracy") == {}
+
+
+def test_speed_turns_the_ratio_over() -> None:
+    found = {"ratio": {"value": 0.5, "low": 0.4, "high": 0.8}, "control": _interval(0.98, 1.02), "verdict": "faster"}
+    line = harness.speed({"pairs": 20, "cpu": {**found, "candidate_s": 1.0, "baseline_s": 2.0}})
+    assert (line["ours"], line["peer"], line["ratio"]) == (1.0, 2.0, 2.0)
+    assert line["ci95"] == [1.25, 2.5] and line["control"]["low"] == pytest.approx(1 / 1.02)
