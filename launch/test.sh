@@ -4,7 +4,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 
 profiles=(test)
-select=(-m "not slow and not gpu")
+select=(-m "not slow")
 if [ "${1:-}" = --slow ]; then
   profiles=(test real)
   select=()
