@@ -28,7 +28,7 @@ def source_ref(port: str, paths: Paths, kind: str | None, columns: dict[str, str
 
 
 def make_config(method: str, options: dict[str, Any]) -> Any:
-    """The method's Config; fields of its `budget` may be given directly.
+    """The method's Config; fields of its `budget` and `filters` may be given directly.
 
     Raises:
         ConfigError: every unknown or wrong option.
@@ -39,10 +39,11 @@ def make_config(method: str, options: dict[str, Any]) -> Any:
     from posttrain.core import registry
 
     config = registry.method(method).config
-    short = {name for name in options if short_form(config, name) != name}
-    fields = {name: value for name, value in options.items() if name not in short}
-    if budget := {name: options[name] for name in short if options[name] is not None}:
-        fields["budget"] = budget
+    fields = {name: value for name, value in options.items() if short_form(config, name) == name}
+    for name, value in options.items():
+        block, dot, field = short_form(config, name).partition(".")
+        if dot and value is not None:
+            fields[block] = {**fields.get(block, {}), field: value}
     try:
         return config.model_validate({**fields, "name": "select", "method": method})
     except ValidationError as error:

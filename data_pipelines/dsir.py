@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from data_pipelines.budget import Budget
-from posttrain.config.base import REPORT_ONLY, Positive, Share
-from posttrain.config.common import StageConfig
-from posttrain.core.registry import data_port, stage
+from data_pipelines.selector import PORTS, SelectorConfig
+from posttrain.config.base import Share
+from posttrain.core.registry import stage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,14 +35,10 @@ if TYPE_CHECKING:
 
     from posttrain.core.context import StageContext
 
-ROW_TYPES = ("text", "prompt", "messages", "preference", "verifiable")
 
-
-class DsirConfig(StageConfig):
+class DsirConfig(SelectorConfig):
     """DSIR on hashed n-grams."""
 
-    budget: Budget
-    """How much to pick: one of rows, tokens, bytes, share."""
     sample: Literal["gumbel", "topk"] = "gumbel"
     """`gumbel`: sample without replacement by importance; `topk`: the largest weights."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -60,18 +55,8 @@ class DsirConfig(StageConfig):
     """Added to each bucket's target count; 0.1 to 1 helps a small target, where most buckets are empty."""
     length: Literal["sum", "mean"] = "sum"
     """`sum`: the published log weight; `mean`: divided by the row's n-grams, so that long rows do not win or lose by length."""
-    min_words: Annotated[int, Field(ge=1)] = 1
-    """Rows with fewer words are not picked; the authors' package uses 100. A row without a word has no score at all."""
-    max_words: Positive | None = None
-    """Rows with more words are not picked; the paper's filter uses 500."""
     fit_share: Share = 1.0
     """Share of the raw rows, by hash of the id, on which q is fitted."""
-    score_as: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] = "score"
-    """Column of the picked rows that takes log w; a column of this name that is there before is kept as `NAME_before`."""
-    suffix: Literal[".jsonl", ".jsonl.zst", ".parquet"] = ".jsonl.zst"
-    """Format of the picked rows."""
-    workers: Annotated[Positive, REPORT_ONLY] = 1
-    """Processes; more do not change the result."""
 
 
 def _hasher(cfg: DsirConfig) -> Any:
@@ -89,7 +74,7 @@ def fit_shard(rows: Iterable[dict[str, Any]], cfg: DsirConfig, role: str) -> dic
     return {"counts": _hasher(cfg).count(row_text(row) for row in kept)}
 
 
-def merge(raw: Iterable[dict[str, np.ndarray]], target: Iterable[dict[str, np.ndarray]], cfg: DsirConfig) -> dict[str, np.ndarray]:
+def merge(raw: Iterable[dict[str, np.ndarray]], targets: list[Iterable[dict[str, np.ndarray]]], cfg: DsirConfig) -> dict[str, np.ndarray]:
     """`raw` and `target` int64[B], and `log_diff` float64[B] = log(p + epsilon) - log(q + epsilon).
 
     Raises:
@@ -99,6 +84,7 @@ def merge(raw: Iterable[dict[str, np.ndarray]], target: Iterable[dict[str, np.nd
 
     from posttrain.errors import DataError
 
+    (target,) = targets
     counts = {"raw": _total(raw, cfg), "target": _total(target, cfg)}
     for role, total in counts.items():
         if not total.any():
@@ -121,7 +107,7 @@ def _probabilities(counts: np.ndarray, pseudo: float = 0.0) -> np.ndarray:
 
 
 def score(rows: list[dict[str, Any]], state: dict[str, np.ndarray], cfg: DsirConfig) -> dict[str, np.ndarray]:
-    """`score` = log w float64, `words`, `bytes` int64, `reason` why a row cannot be picked ("" = it can)."""
+    """`score` = log w float64, `words` int64, `reason` why a row cannot be picked ("" = it can)."""
     import numpy as np
 
     from posttrain.data.rows import row_text
@@ -130,11 +116,7 @@ def score(rows: list[dict[str, Any]], state: dict[str, np.ndarray], cfg: DsirCon
     weight, words, grams = _hasher(cfg).weigh(texts, state["log_diff"])
     if cfg.length == "mean":
         weight = weight / np.maximum(grams, 1)
-    size = np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts], np.int64)
-    longest = cfg.max_words or np.iinfo(np.int64).max
-    cases = [words == 0, words < cfg.min_words, words > longest]
-    reason = np.select(cases, ["without words", f"below {cfg.min_words} words", f"above {cfg.max_words} words"], "")
-    return {"score": weight, "words": words, "bytes": size, "reason": reason}
+    return {"score": weight, "words": words, "reason": np.where(words == 0, "without words", "")}
 
 
 def order(columns: dict[str, np.ndarray], cfg: DsirConfig, seed: int) -> np.ndarray:
@@ -174,7 +156,7 @@ def _row_type(cfg: DsirConfig, rows: dict[str, str]) -> str:
 @stage(
     "select.dsir",
     config=DsirConfig,
-    inputs={"raw": data_port(*ROW_TYPES), "target": data_port(*ROW_TYPES)},
+    inputs=PORTS,
     output="dataset",
     rows=_row_type,
 )

@@ -6,7 +6,7 @@
     pick    score tables -> one cut through the order of all rows (`pick.find_cut`)           work/KEY/cut.json
     write   each raw shard -> its picked rows; all of them, in input order -> the dataset     work/KEY/picked/*.jsonl
 
-A selector is a module of functions (see `Selector`); it never sees shards, files or processes. Memory holds one batch of
+A selector is a module of functions (see `selector.Selector`); it never sees shards, files or processes. Memory holds one batch of
 rows or scores and one shard's picks, whatever the corpus. Workers only change who does a shard, never what comes out:
 parts are merged in shard order, and their sums are integers.
 """
@@ -17,9 +17,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -38,25 +38,6 @@ Row = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 
 
-class Selector(Protocol):
-    """What a selector's module defines. Rows are normalised dicts; arrays are numpy; nothing else is shared."""
-
-    def fit_shard(self, rows: Iterable[Row], cfg: Any, role: str) -> Arrays:
-        """One shard's sufficient statistics, in one pass over its rows; `role` is raw, target or picked."""
-
-    def merge(self, raw: Iterable[Arrays], target: Iterable[Arrays], cfg: Any) -> Arrays:
-        """The state, from the shards' statistics in shard order (loaded one at a time)."""
-
-    def score(self, rows: list[Row], state: Arrays, cfg: Any) -> dict[str, np.ndarray]:
-        """Columns of a batch: `score` float64, `words` and `bytes` int64, `reason` ("" = eligible), and any others."""
-
-    def order(self, columns: dict[str, np.ndarray], cfg: Any, seed: int) -> np.ndarray:
-        """float64 key of scored rows, higher is picked first; `columns` adds `uid` uint64 to what `score` gave."""
-
-    def report(self, state: Arrays, picked: Iterable[Arrays], cfg: Any) -> dict[str, Any]:
-        """Facts for the summary, from the statistics of the picked rows by shard."""
-
-
 def run_selector(selector: str, cfg: Any, ctx: StageContext) -> None:
     """Runs all passes and writes `ctx.out`: rows-*, scores-*.parquet, state.safetensors, state.json.
 
@@ -68,14 +49,14 @@ def run_selector(selector: str, cfg: Any, ctx: StageContext) -> None:
     Raises:
         DataError: no rows, no target text, nothing eligible, or a budget too small for the best row.
     """
+    from posttrain.config.pipeline import semantic
     from posttrain.data.dataset import heldout_keys
 
     raw = list_shards(ctx.refs("raw"), f"stages.{ctx.name}.in.raw")
     target = list_shards(ctx.refs("target"), f"stages.{ctx.name}.in.target")
     _check_inputs(raw, ctx)
     heldout = heldout_keys(ctx)
-    semantic = {name: value for name, value in cfg.dump().items() if name not in ("name", "workers", "in", "launch")}
-    key = digest_of([selector, semantic, ctx.seed, [s.stamp() for s in raw], [s.stamp() for s in target], sorted(heldout)])
+    key = digest_of([selector, semantic(cfg), ctx.seed, [s.stamp() for s in raw], [s.stamp() for s in target], sorted(heldout)])
     job = Job(selector, cfg, ctx.seed, ctx.work / key[:16], heldout)
     with open_pool(cfg.workers) as pool:
         state = _fit(job, raw, target, pool, ctx)
@@ -102,7 +83,7 @@ def _fit(job: Job, raw: list[Shard], target: list[Shard], pool: Any, ctx: StageC
         each_shard(_fit_shard, job, "target", target, pool, ctx.events)
         each_shard(_fit_shard, job, "raw", raw, pool, ctx.events)
         try:
-            save_arrays(path, job.methods.merge(_stored(job, "raw", raw), _stored(job, "target", target), job.config))
+            save_arrays(path, job.methods.merge(_stored(job, "raw", raw), [_stored(job, "target", target)], job.config))
         except DataError as error:
             raise DataError(f"{error.message} ({_census(job, raw, target)})", where=f"stages.{ctx.name}.in", fix=error.fix) from None
     return load_arrays(path)
@@ -151,7 +132,8 @@ def _keys(job: Job, shards: list[Shard], unit: str) -> Iterator[tuple[Keys, dict
     """Keys of all eligible rows, weighed in `unit`, with the columns they come from."""
     for shard in shards:
         for columns in score_columns(job.part("scores", shard)):
-            key = job.methods.order(columns, job.config, job.seed)
+            order = getattr(job.methods, "order", None)
+            key = order(columns, job.config, job.seed) if order else columns["score"]
             weight = {"tokens": columns["words"], "bytes": columns["bytes"]}.get(unit, np.ones(len(key), np.int64))
             yield Keys(rank_of(key), columns["uid"], shard.index, columns["row"], weight), columns
 
@@ -223,7 +205,8 @@ def _finish(job: Job, shards: list[Shard], state: Arrays, cut: Cut, ctx: StageCo
         _link(job.part("scores", shard), ctx.out / f"scores-{shard.index:05d}.parquet")
     _link(job.folder / "state.safetensors", ctx.out / "state.safetensors")
     words = _picked_words(job, shards, cut)
-    report = job.methods.report(state, _stored(job, "statistics", shards), job.config)
+    tell = getattr(job.methods, "report", None)
+    report = tell(state, _stored(job, "statistics", shards), job.config) if tell else {}
     write_json(ctx.out / "state.json", {"selector": job.selector, "seed": job.seed, "cut": cut_to_json(cut), **report})
     ctx.summary.update(rows_out=facts["rows"], tokens=words, **report)
     ctx.events.log(f"picked {facts['rows']} of {ctx.summary['rows_in']} rows, {words} words; {_spelled_facts(report)}")

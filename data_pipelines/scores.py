@@ -19,6 +19,7 @@ from data_pipelines.engine import Job
 from data_pipelines.parts import load_arrays, new_part
 from data_pipelines.pick import row_uid
 from data_pipelines.shards import Shard, shard_rows
+from data_pipelines.texts import count_bytes, count_words, length_reasons
 
 Row = dict[str, Any]
 
@@ -65,9 +66,16 @@ def score_shard(job: Job, step: str, shard: Shard) -> None:
 def _score_table(job: Job, shard: Shard, batch: list[tuple[int, Row]], state: dict[str, np.ndarray]) -> Any:
     import pyarrow as pa
 
+    from posttrain.data.rows import row_text
+
     rows = [row for _, row in batch]
-    columns = job.methods.score(rows, state, job.config)
-    reason = np.where(np.isfinite(columns["score"]) | (columns["reason"] != ""), columns["reason"], "score not finite")
+    texts = [row_text(row) for row in rows]
+    columns = dict(job.methods.score(rows, state, job.config))
+    columns["score"] = columns["score"].reshape(len(rows))
+    columns = {"words": count_words(texts) if "words" not in columns else columns["words"], "bytes": count_bytes(texts), **columns}
+    own = columns.get("reason", np.full(len(rows), ""))
+    reason = np.where(own != "", own, length_reasons(columns["words"], job.config.filters))
+    reason = np.where(np.isfinite(columns["score"]) | (reason != ""), reason, "score not finite")
     where = [shard.label] * len(rows)
     return pa.table(
         {

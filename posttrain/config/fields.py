@@ -99,9 +99,14 @@ def _step(annotation: Any, part: str | int) -> list[Any]:
     return []
 
 
-def short_form(config: type[BaseModel], key: str, block: str = "budget") -> str:
-    """`BLOCK.KEY` where only that block of `config` has such a field, else `key`: what a command line or a call may shorten."""
-    return f"{block}.{key}" if key not in fields_of(config) and annotations_at(config, (block, key)) else key
+SHORT_BLOCKS = ("budget", "filters")
+"""Blocks whose fields may stand alone on a command line and in a call: `rows=500` is `budget.rows=500`."""
+
+
+def short_form(config: type[BaseModel], key: str) -> str:
+    """`BLOCK.KEY` where exactly one of SHORT_BLOCKS has such a field and `config` itself has none, else `key`."""
+    blocks = [block for block in SHORT_BLOCKS if annotations_at(config, (block, key))]
+    return f"{blocks[0]}.{key}" if len(blocks) == 1 and key not in fields_of(config) else key
 
 
 def field_at(annotation: Any, path: tuple[str | int, ...]) -> FieldInfo | None:

@@ -27,7 +27,7 @@ def rows(name):
 def state():
     cfg = config()
     raw, target = dsir.fit_shard(rows("texts"), cfg, "raw"), dsir.fit_shard(rows("target"), cfg, "target")
-    return dsir.merge([raw], [target], cfg)
+    return dsir.merge([raw], [[target]], cfg)
 
 
 def test_features_are_the_published_buckets():
@@ -52,6 +52,6 @@ def test_weights_and_lengths(state):
 
 
 def test_same_set_under_the_same_noise(state):
-    scored = dsir.score(rows("texts"), state, config(min_words=GOLDEN["min_length"]))
-    key = np.where(scored["reason"] == "", scored["score"] + GOLDEN["noise"], -np.inf)
+    scored = dsir.score(rows("texts"), state, config())
+    key = np.where(scored["words"] >= GOLDEN["min_length"], scored["score"] + GOLDEN["noise"], -np.inf)
     assert sorted(np.argsort(-key)[: GOLDEN["k"]].tolist()) == GOLDEN["chosen"]

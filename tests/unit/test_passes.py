@@ -360,3 +360,10 @@ def test_row_types_are_seen_from_the_first_row(tmp_path, target):
     assert summary["rows_out"] == 3 and (tmp_path / "o" / "rows-00000.parquet").exists()
     with pytest.raises(DataError, match="no row type fits"):
         select_files("select.dsir", write(tmp_path / "x.jsonl", [{"body": "a"}]), target, tmp_path / "p", rows=3)
+
+
+def test_length_limits_name_their_reason(tmp_path, target):
+    raw = write(tmp_path / "r.jsonl", [{"text": text} for text in ("", "a b", "a b c", "a b c d")])
+    summary = dsir.select(raw, target, tmp_path / "o", rows=9, min_words=3, max_words=3)
+    assert summary["not_eligible"] == {"without words": 1, "below 3 words": 1, "above 3 words": 1} and summary["rows_out"] == 1
+    assert config(filters={"min_words": 3}).filters.min_words == 3
