@@ -86,7 +86,7 @@ def test_weights_equal_the_slow_reference_in_float64():
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["sha256", "fast"])
 def test_long_rows_in_windows_count_the_same(monkeypatch, n, kind):
-    text = " ".join(TEXTS) * 3
+    text = " ".join(TEXTS) * 8
     whole = Hasher(n, 500, kind)
     counts, (_, words, grams) = whole.count([text, "short"]), whole.weigh([text, "short"], np.zeros(500))
     monkeypatch.setattr(ngrams, "WINDOW", 300)
@@ -116,7 +116,7 @@ def test_a_row_weighs_the_same_bits_in_any_batch():
 def test_fast_hash_is_fixed_and_spreads():
     counts = Hasher(1, 64, "fast").count([" ".join(f"w{i}" for i in range(6400))])
     assert counts.sum() == 6400 and counts.min() > 50 and counts.max() < 160
-    assert np.flatnonzero(Hasher(2, 10_000, "fast").count(["hello world"])).tolist() == [2255, 3369, 9196]
+    assert np.flatnonzero(Hasher(2, 10_000, "fast").count(["hello world"])).tolist() == [3159, 3335, 7364]
 
 
 def test_state_and_report_follow_the_formulas():
