@@ -24,8 +24,9 @@ def _load(name: str) -> ModuleType:
     return module
 
 
-_load("_corpus")
+corpus = _load("_corpus")
 lm = _load("_lm")
+judges = _load("_judges")
 
 TRAIN = ["the cat sat on the mat .", "the dog sat on the log .", "a cat and a dog", ""]
 TEST = ["the cat sat on the log .", "unseen words here", "a mat and a log .", ""]
@@ -88,3 +89,42 @@ def test_transformer_learns_what_it_is_given() -> None:
     near, far = judge.loss(english, TRAIN[:2], 0), judge.loss(other, TRAIN[:2], 0)
     assert near < far
     assert judge.loss(english, TRAIN[:2], 0) == near
+
+
+def _rows(label: str, texts: list[str]) -> list[dict[str, str]]:
+    return [{"id": f"{label}-{i}", "text": text, "label": label} for i, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def judge() -> object:
+    near = [f"the {a} sat on the {b} and the {b} sat on the {a} ." for a in ("cat", "dog", "cow", "hen") for b in ("mat", "log", "bed")]
+    far = [f"int {a} = {b} ; return {a} * {b} ;" for a in ("x", "y", "z", "w") for b in ("1", "2", "3")]
+    raw = _rows("docstring", near[:8]) + _rows("code", far)
+    return judges.Judge(corpus.Corpus(0, {}, raw, _rows("target", near[8:10]), _rows("target", near[10:]), {}), vocabulary=50)
+
+
+def test_every_measure_prefers_what_is_near_the_held_out_rows(judge) -> None:
+    near, far = _rows("docstring", judge.heldout), _rows("code", ["int x = 1 ; return x * 1 ;"] * 2)
+    good, bad = judge(near + far, near), judge(far + near, far)
+    assert (good["p500"], bad["relevant_tokens"], good["relevant_tokens"]) == (0.5, 0.0, 1.0)
+    assert good["loss"] < bad["loss"] and good["perplexity"] == pytest.approx(math.exp(good["loss"]))
+    assert good["transport"] == pytest.approx(0.0, abs=1e-6) and bad["transport"] > 0.5
+    assert good["kl_reduction"] > bad["kl_reduction"]
+    assert (good["rows"], good["tokens"], good["labels"]) == (2, sum(len(text.split()) for text in judge.heldout), {"docstring": 2})
+
+
+def test_transport_is_the_cost_of_the_best_matching(judge) -> None:
+    from itertools import permutations
+
+    texts = ["the cat sat on the mat", "int x = 1 ; return x"]
+    points = judge.embed(texts)
+    cost = [[math.sqrt(max(0.0, 2 - 2 * float(a @ b))) for b in judge.heldout_points] for a in points]
+    best = min(sum(cost[i][j] for i, j in enumerate(order)) / 2 for order in permutations(range(2)))
+    assert judge.transport(texts) == pytest.approx(best)
+
+
+def test_interval_is_students() -> None:
+    found = judges.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found["mean"] == 3.0 and found["high"] - 3.0 == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-5)
+    assert judges.interval([2.0])["low"] is None
+    assert judges.paired([3.0, 5.0], [1.0, 2.0])["mean"] == 2.5
