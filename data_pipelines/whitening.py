@@ -116,7 +116,8 @@ def whiten(features: np.ndarray, mean: np.ndarray, w: np.ndarray | None) -> np.n
         y = block if w is None else block @ w
         norm = np.sqrt((y * y).sum(1))[: len(part), None]
         unit = y[: len(part)] / np.where(norm > 0, norm, 1)
-        out[start : start + len(part)] = np.where(part.any(axis=1)[:, None], unit, 0)
+        unit[~np.any(part, axis=1)] = 0
+        out[start : start + len(part)] = unit
     return out
 
 

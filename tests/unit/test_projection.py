@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -44,7 +46,7 @@ def test_pieces_and_batches_give_the_same_bits(kind, device):
     for cuts in ([0, 1, 64, 500, 1000], [0, 96, 97, 1000]):
         for rows in (slice(0, 5), slice(3, 4)):
             sums = projector.zeros(len(values[rows]), device)
-            for a, b in zip(cuts, cuts[1:], strict=False):
+            for a, b in itertools.pairwise(cuts):
                 piece = np.ascontiguousarray(values[rows, a:b])
                 projector.add(sums, piece if device is None else torch.from_numpy(piece), a)
             if device is None:
