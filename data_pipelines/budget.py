@@ -7,6 +7,7 @@ of punctuation), which is about 0.75 of a language model's tokens in English tex
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -64,5 +65,5 @@ class Budget(Strict):
     def amount(self, rows_in: int) -> int:
         """The limit as an integer: rows (also for a share of `rows_in`), tokens, or bytes."""
         if self.share is not None:
-            return max(1, int(self.share * rows_in))
+            return max(1, int(Decimal(str(self.share)) * rows_in))
         return int(getattr(self, self.unit))

@@ -15,16 +15,35 @@ from posttrain.core.events import Events
 from posttrain.errors import ConfigError, Problem
 
 Paths = str | Path | Iterable[str | Path]
+Inputs = Paths | dict[str, Paths]
+"""Files of one input, or of several by name (separate targets, quotas by source)."""
 
 
-def source_ref(port: str, paths: Paths, kind: str | None, columns: dict[str, str], on_bad: str) -> InputRef:
-    """A reference to local files as a stage would get it."""
+def source_ref(port: str, paths: Paths, kind: str | None, columns: dict[str, str], on_bad: str, name: str = "") -> InputRef:
+    """A reference to local files as a stage would get it; called after its port, or `name`."""
     from posttrain.data.sources import row_type_of, source_digest
 
     listed = [os.path.abspath(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     kind = kind or row_type_of(listed)
     spec: dict[str, Any] = {"kind": kind, "path": listed, "columns": columns, "on_bad": on_bad}
-    return InputRef(port, port, "source", "dataset", key=source_digest(spec), rows=kind, spec=spec)
+    return InputRef(port, name or port, "source", "dataset", key=source_digest(spec), rows=kind, spec=spec)
+
+
+def source_refs(port: str, inputs: Inputs | None, kind: str | None, columns: dict[str, str], on_bad: str) -> list[InputRef]:
+    """References to all inputs of a port; none for None."""
+    if inputs is None:
+        return []
+    named = inputs if isinstance(inputs, dict) else {"": inputs}
+    return [source_ref(port, paths, kind, columns, on_bad, name) for name, paths in named.items()]
+
+
+def model_ref(model: str | Path) -> InputRef:
+    """A reference to a model: a folder, a hub id, or `package:NAME/FILE`."""
+    from posttrain.config.common import ModelConfig
+    from posttrain.models.digest import model_digest
+
+    spec = ModelConfig(id=str(model)).dump()
+    return InputRef("model", str(model), "model", "model", key=model_digest(spec), spec=spec)
 
 
 def make_config(method: str, options: dict[str, Any]) -> Any:
@@ -53,8 +72,8 @@ def make_config(method: str, options: dict[str, Any]) -> Any:
 
 def select_files(
     method: str,
-    raw: Paths,
-    target: Paths,
+    raw: Inputs,
+    target: Inputs | None,
     out: str | Path,
     *,
     seed: int = 0,
@@ -63,10 +82,13 @@ def select_files(
     columns: dict[str, str] | None = None,
     on_bad: str = "stop",
     events: Events | None = None,
+    model: str | Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Runs a selector over local files; see `dsir.select` for the arguments.
 
+    `raw` and `target` may also be a dict of name -> files; `target` is None for selectors without one, `model` a model's
+    folder for selectors that need one.
     The result appears under `out` at once and whole; `OUT.work` holds what a killed call had done and is removed at the end.
     """
     from posttrain.core import registry
@@ -78,10 +100,14 @@ def select_files(
     work = out.with_name(f"{out.name}.work")
     new = work / "out"
     shutil.rmtree(new, ignore_errors=True)
-    refs = [source_ref("raw", raw, kind, columns or {}, on_bad), source_ref("target", target, target_kind, columns or {}, on_bad)]
+    inputs = {
+        "raw": source_refs("raw", raw, kind, columns or {}, on_bad),
+        "target": source_refs("target", target, target_kind, columns or {}, on_bad),
+        "model": [] if model is None else [model_ref(model)],
+    }
     with disk_errors(out):
         new.mkdir(parents=True)
-        ctx = StageContext("select", method, seed, {ref.port: [ref] for ref in refs}, new, work, events or Events(None))
+        ctx = StageContext("select", method, seed, {port: refs for port, refs in inputs.items() if refs}, new, work, events or Events(None))
         registry.method(method).run(cfg, ctx)
         fsync_tree(new)
         if out.exists():

@@ -7,6 +7,7 @@ and a rerun goes on with the shards that have no part.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,3 +60,11 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:
         fix = "delete this file and run again; only its shard is redone"
         raise ArtifactError(f"unreadable part ({error})", where=str(path), fix=fix) from None
+
+
+def link_part(source: Path, to: Path) -> None:
+    """The same file under a second name; a copy where the file system cannot."""
+    try:
+        os.link(source, to)
+    except OSError:
+        shutil.copyfile(source, to)

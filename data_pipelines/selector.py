@@ -62,6 +62,19 @@ class Chunks(Strict):
     """Words a chunk; the last chunk of a row may be shorter. Ids become `ID#0`, `ID#1`, ..."""
 
 
+class Engine(Strict):
+    """Who does the shards of each pass; the result is the same."""
+
+    with_: Literal["pool", "datatrove-local", "datatrove-slurm", "datatrove-ray"] = Field(default="pool", alias="with")
+    """`pool`: `workers` processes of this machine; the others are datatrove's executors (`pip install 'posttrain[datatrove]'`)."""
+    tasks: Positive = 1
+    """datatrove tasks; task i does the shards i, i + tasks, ..."""
+    options: dict[str, Any] = {}
+    """Arguments of the datatrove executor, e.g. `{partition: cpu, time: "04:00:00"}` for Slurm."""
+    poll_s: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds between looks for finished parts of tasks that run elsewhere."""
+
+
 class SelectorConfig(StageConfig):
     """Fields every selector has."""
 
@@ -91,6 +104,8 @@ class SelectorConfig(StageConfig):
     """Format of the picked rows."""
     workers: Annotated[Positive, REPORT_ONLY] = 1
     """Processes; more do not change the result."""
+    engine: Annotated[Engine, REPORT_ONLY] = Engine()
+    """Who does the shards; does not change the result."""
     memory: Annotated[Positive, REPORT_ONLY] = 256
     """MiB of rows and scores held at a time in each process, beside the selector's own state; does not change the result."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Shard:
         columns: renames, our field -> their column.
         validation, test: held-out shares.
         on_bad: `stop` or `skip`.
+        size: bytes of the file; 0 for a hub dataset.
     """
 
     index: int
@@ -42,6 +43,7 @@ class Shard:
     validation: float = 0.0
     test: float = 0.0
     on_bad: str = "stop"
+    size: int = 0
 
     def stamp(self) -> list[Any]:
         """What tells this shard's content apart: input, label, size and modification time."""
@@ -64,7 +66,9 @@ def list_shards(refs: list[InputRef], where: str = "") -> list[Shard]:
         files = facts.pop("files")
         labels = _labels(files)
         for file, label in zip(files, labels, strict=True):
-            found.append(Shard(len(found), f"{ref.name}/{label}" if label else ref.name, str(file) if file else "", ref, **facts))
+            size = file.stat().st_size if file else 0
+            name = f"{ref.name}/{label}" if label else ref.name
+            found.append(Shard(len(found), name, str(file) if file else "", ref, size=size, **facts))
     if not found:
         raise DataError("no shards to read", where=where, fix="give at least one source or dataset")
     return found
@@ -105,12 +109,14 @@ def shard_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number, row) of a shard's part.
 
-    `tally` takes what was left out: `bad: REASON`, `other part`, `held out`. The sequence is the same at every reading.
+    `tally` takes the number of rows `read`, and of those left out: `bad: REASON`, `other part`, `held out`. The sequence is
+    the same at every reading.
     """
     from posttrain.data.rows import row_key, split_of
 
     tally = tally if tally is not None else Counter()
-    for number, row in _part_rows(shard, tally) if shard.path else _hub_rows(shard):
+    for number, row in _part_rows(shard, tally) if shard.path else _hub_rows(shard, tally):
+        tally["read"] += 1
         part = shard.ref.split
         splits = bool(shard.path and part != "all" and (shard.validation or shard.test))
         key = row_key(row) if splits or heldout else ""
@@ -122,17 +128,26 @@ def shard_rows(
             yield number, row
 
 
-def rows_at(shard: Shard, numbers: Container[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows with these numbers, which `shard_rows` gave before; the others are not checked again."""
-    if not shard.path:
-        yield from ((number, row) for number, row in _hub_rows(shard) if number in numbers)
-        return
+def rows_at(shard: Shard, numbers: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows with these ascending numbers, which `shard_rows` gave before; the others are not checked again."""
     from posttrain.data.rows import normalise
+
+    wanted = iter(numbers)
+    number = next(wanted, None)
+    if number is None:
+        return
+    for found, row in _unchecked_rows(shard):
+        if found == number:
+            yield found, normalise(row, shard.kind, f"{shard.path}:{found}", shard.columns) if shard.path else row
+            number = next(wanted, None)
+            if number is None:
+                return
+
+
+def _unchecked_rows(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
     from posttrain.data.shards import read_shard
 
-    for number, row in read_shard(shard.path, on_bad=shard.on_bad):
-        if number in numbers:
-            yield number, normalise(row, shard.kind, f"{shard.path}:{number}", shard.columns)
+    return read_shard(shard.path, on_bad=shard.on_bad) if shard.path else _hub_rows(shard, Counter())
 
 
 def _part_rows(shard: Shard, tally: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -148,10 +163,18 @@ def _part_rows(shard: Shard, tally: Counter[str]) -> Iterator[tuple[int, dict[st
             bad.take(error, f"{shard.path}:{number}", shard.on_bad)
         else:
             yield number, row
+    _count_bad(bad, tally)
+
+
+def _count_bad(bad: Any, tally: Counter[str]) -> None:
+    tally["read"] += bad.total
     tally.update({f"bad: {reason}": count for reason, count in bad.counts.items()})
 
 
-def _hub_rows(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
+def _hub_rows(shard: Shard, tally: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    from posttrain.data.shards import BadRows
     from posttrain.data.sources import open_rows
 
-    return enumerate(open_rows(shard.ref), 1)
+    bad = BadRows()
+    yield from enumerate(open_rows(shard.ref, bad=bad), 1)
+    _count_bad(bad, tally)

@@ -27,15 +27,20 @@ TOP = ("model", "sources", "eval", "tracking", "limits", "seed", "name")
 CONTROL = ("out", "prompt")
 
 
-def _split(overrides: list[str]) -> dict[str, str]:
-    pairs = {}
+def _split(overrides: list[str], method: registry.Method | None = None) -> dict[str, str]:
+    pairs, ports = {}, _port_names(method)
     for text in overrides:
         key, mark, value = text.partition("=")
         if not mark or not key:
             raise ConfigError(f"expected KEY=VALUE, got `{text[:80]}`", where="command line", fix="e.g. bits=4")
         port = "model" if key == "model.id" else key.removeprefix("in.")
-        pairs[port if port in PORTS else key] = value
+        pairs[port if port in ports else key] = value
     return pairs
+
+
+def _port_names(method: registry.Method | None) -> tuple[str, ...]:
+    """PORTS, and the others that the method has."""
+    return tuple(dict.fromkeys([*PORTS, *(method.inputs if method else ())]))
 
 
 def _prompt_file(prompt: str, runs: Path) -> str:
@@ -72,7 +77,7 @@ def _absolute_model(value: str) -> str:
 def _ports(pairs: dict[str, str], stage: str, known: set[str], method: registry.Method) -> list[str]:
     """Overrides that fill the ports named in `pairs`, which are taken out of it."""
     found = []
-    for port in [p for p in PORTS if p in pairs]:
+    for port in [p for p in _port_names(method) if p in pairs]:
         value = parse_value(pairs.pop(port))
         if port == "model":
             found.append(f"model.id={dumps(_absolute_model(str(value)))}")
@@ -111,7 +116,8 @@ def to_overrides(tree: dict[str, Any], pairs: dict[str, str], method: registry.M
 
 def build(method_name: str, overrides: list[str], runs: str | None) -> tuple[Pipeline, str | None]:
     """A pipeline of one stage out of `KEY=VALUE` pairs; returns it and `out=`."""
-    method, pairs = registry.method(method_name), _split(overrides)
+    method = registry.method(method_name)
+    pairs = _split(overrides, method)
     out, prompt = (pairs.pop(key, None) for key in CONTROL)
     if prompt is not None:
         pairs["data"] = dumps(_prompt_file(prompt, runs_root(runs)))
@@ -235,12 +241,12 @@ def _one_stage(args: argparse.Namespace) -> tuple[Pipeline, str | None]:
         raise ConfigError(
             f"expected a file with one stage, found {count}", where=f"{args.file}: stages", fix="use `posttrain run FILE --only STAGE`"
         )
-    pairs = _split(args.overrides)
+    name = stages[0].get("method")
+    method = registry.method(name) if isinstance(name, str) else None
+    pairs = _split(args.overrides, method)
     out = pairs.pop("out", None)
     if under_launcher():
         pairs.setdefault("launch.with", "torchrun" if "RANK" in os.environ else "accelerate")
-    name = stages[0].get("method")
-    method = registry.method(name) if isinstance(name, str) else None
     return load_pipeline(Path(args.file), to_overrides(tree, pairs, method) if method else ()), out
 
 

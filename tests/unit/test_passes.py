@@ -16,6 +16,7 @@ import pytest
 from data_pipelines import dsir, passes, pick, scores
 from data_pipelines.door import select_files, source_ref
 from data_pipelines.pick import Keys, cut_from_json, cut_to_json, find_cut, gumbel, picked, rank_of, row_uid
+from data_pipelines.write import with_score
 from posttrain.core.context import StageContext, World
 from posttrain.core.events import Events
 from posttrain.errors import ConfigError, DataError
@@ -265,7 +266,7 @@ dsir.select(sys.argv[1], sys.argv[2], sys.argv[3], rows=50)"""
 
 
 def test_scores_of_earlier_selections_are_kept():
-    row = passes.with_score(passes.with_score({"id": "a", "score": "theirs"}, 1.0, "s", "score"), 2.0, "s", "score")
+    row = with_score(with_score({"id": "a", "score": "theirs"}, 1.0, "s", "score"), 2.0, "s", "score")
     assert (row["score"], row["score_before_before"], row["score_before"]) == (2.0, 1.0, "theirs")
 
 
