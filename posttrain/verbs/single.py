@@ -188,8 +188,11 @@ def _run(pipeline: Pipeline, out: str | None, args: argparse.Namespace) -> Path:
 
 
 def select(args: argparse.Namespace) -> int:
-    """`posttrain select METHOD raw=... target=... rows=...`."""
-    pipeline, out = build(f"select.{args.name.removeprefix('select.')}", args.overrides, args.runs)
+    """`posttrain select METHOD raw=... target=... rows=...`; also methods of the data pipelines that are no selector: `dedup`."""
+    name, known = f"select.{args.name.removeprefix('select.')}", registry.methods()
+    if name not in known and args.name in known and known[args.name].module.startswith("data_pipelines."):
+        name = args.name
+    pipeline, out = build(name, args.overrides, args.runs)
     _run(pipeline, out, args)
     return 0
 
