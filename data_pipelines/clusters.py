@@ -150,7 +150,7 @@ class Verdict(NamedTuple):
         kept: int64[k]; the member that stands for this one: itself if it stays.
         similarity: float64[k]; true Jaccard similarity to it; NaN where none was worked out.
         root: int64[k]; best-ranked member of this one's cluster (in a large one, of the rows that are not of `against`).
-        tried: pairs whose sets were compared.
+        tried: pairs whose sets were compared; 0 if nothing is verified.
         untried: rows that stay although some pairs were left out: they had been compared with `most` kept rows.
     """
 
@@ -189,7 +189,7 @@ def resolve(members: Members, least: float | None, max_cluster: int, most: int =
     similarity = np.full(count, np.nan)
     if least is not None:
         _similarities(members.key, begin, end, kept, similarity)
-    return Verdict(kept, similarity, root, tried, untried)
+    return Verdict(kept, similarity, root, tried if least is not None else 0, untried)
 
 
 @jit
