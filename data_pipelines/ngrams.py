@@ -144,6 +144,15 @@ class Words(NamedTuple):
     first: np.ndarray
 
 
+class Hashed(NamedTuple):
+    """A batch of pieces: their texts' numbers and carried words int64[p], their words, and buckets uint32[words, n]."""
+
+    document: np.ndarray
+    carried: np.ndarray
+    words: Words
+    found: np.ndarray
+
+
 def pieces(texts: Iterable[str], n: int, single: bool = False, regex: str = "re") -> Iterator[Piece]:
     """Texts that the table can lower; one longer than WINDOW comes as windows that overlap by n - 1 words.
 
@@ -478,10 +487,19 @@ class Hasher:
 
     def count(self, texts: Iterable[str]) -> np.ndarray:
         """int64[B]: how often each bucket occurs in all texts together."""
+        return self.tally(texts)[0]
+
+    def tally(self, texts: Iterable[str]) -> tuple[np.ndarray, int, int]:
+        """`count`, and how many words there are and characters in them."""
         total = np.zeros(self.buckets, np.int64)
-        for _, carried, first, found in self._found(texts):
-            _count(found, first, carried, total)
-        return total
+        words = characters = 0
+        for piece in self._found(texts):
+            _count(piece.found, piece.words.first, piece.carried, total)
+            first, size = piece.words.first, piece.words.end - piece.words.start
+            before = sum(int(size[a : a + carried].sum()) for a, carried in zip(first, piece.carried, strict=False) if carried)
+            words += len(size) - int(piece.carried.sum())
+            characters += int(size.sum()) - before
+        return total, words, characters
 
     def weigh(self, texts: list[str], log_diff: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scores, words and n-grams of each text.
@@ -496,9 +514,9 @@ class Hasher:
         columns = np.ascontiguousarray(log_diff, np.float64).reshape(self.buckets, -1)
         score = np.zeros((len(texts), columns.shape[1]))
         words, grams = np.zeros(len(texts), np.int64), np.zeros(len(texts), np.int64)
-        for document, carried, first, found in self._found(texts):
-            _weigh(found, first, carried, document, columns, score)
-            size = np.diff(first)
+        for document, carried, batch, found in self._found(texts):
+            _weigh(found, batch.first, carried, document, columns, score)
+            size = np.diff(batch.first)
             np.add.at(words, document, size - carried)
             for order in range(self.n):
                 np.add.at(grams, document, np.maximum(size - order, 0) - np.maximum(carried - order, 0))
@@ -510,10 +528,10 @@ class Hasher:
 
         owners, sizes, indices, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0)]
         dense = np.zeros(self.buckets, np.int32)
-        for document, carried, first, found in self._found(texts):
+        for document, carried, batch, found in self._found(texts):
             at, ends = np.empty(found.size, np.int32), np.zeros(len(document), np.int64)
             seen = np.empty(found.size)
-            _distinct(found, first, carried, dense, at, seen, ends)
+            _distinct(found, batch.first, carried, dense, at, seen, ends)
             owners.append(document)
             sizes.append(np.diff(ends, prepend=0))
             indices.append(at[: ends[-1]].copy())
@@ -524,12 +542,11 @@ class Hasher:
         made.sum_duplicates()
         return made
 
-    def _found(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """document and carried int64[p], first int64[p + 1] and found uint32[words, n] of each batch of pieces."""
+    def _found(self, texts: Iterable[str]) -> Iterator[Hashed]:
         for batch in batches(pieces(texts, self.n, self.single, self.regex)):
             words = find_words([piece.text for piece in batch], self.single, self.regex)
             document, carried = np.array([[piece.document, piece.carried] for piece in batch], np.int64).T
-            yield document, carried, words.first, self._bucket(words)
+            yield Hashed(document, carried, words, self._bucket(words))
 
     def _bucket(self, words: Words) -> np.ndarray:
         found = np.zeros((len(words.key), self.n), np.uint32)

@@ -125,10 +125,13 @@ def test_no_rows():
 def test_long_rows_come_in_windows_and_are_whole_again(monkeypatch):
     texts = ["short", " ".join(TEXTS) * 4, "", "y" * 900 + " z", " " * 2000, "w " * 700]
     rows, words = ngrams.hashed_counts(texts, 3, 997), ngrams.count_words(texts)
+    characters = sum(len(word) for text in texts for word in slow_words(text))
+    assert Hasher(3, 997).tally(texts)[1:] == (words.sum(), characters)
     assert words.tolist() == [len(slow_words(text)) for text in texts]
     monkeypatch.setattr(ngrams, "WINDOW", 200)
     assert sum(1 for _ in ngrams.pieces(texts, 3)) > 12
     assert (ngrams.hashed_counts(texts, 3, 997) != rows).nnz == 0 and (ngrams.count_words(texts) == words).all()
+    assert Hasher(3, 997).tally(texts)[1:] == (words.sum(), characters)
     assert ngrams.count_words(texts, "char").tolist() == [len(slow_words(text, "char")) for text in texts]
 
 
