@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from posttrain.core.events import Events
 from posttrain.errors import ConfigError, Problem
 
 Paths = str | Path | Iterable[str | Path]
-Inputs = Paths | dict[str, Paths]
+Inputs = Paths | Mapping[str, Paths]
 """Files of one input, or of several by name (separate targets, quotas by source)."""
 
 
@@ -33,7 +33,7 @@ def source_refs(port: str, inputs: Inputs | None, kind: str | None, columns: dic
     """References to all inputs of a port; none for None."""
     if inputs is None:
         return []
-    named = inputs if isinstance(inputs, dict) else {"": inputs}
+    named = inputs if isinstance(inputs, Mapping) else {"": inputs}
     return [source_ref(port, paths, kind, columns, on_bad, name) for name, paths in named.items()]
 
 
@@ -83,12 +83,13 @@ def select_files(
     on_bad: str = "stop",
     events: Events | None = None,
     model: str | Path | None = None,
+    scores: Mapping[str, Paths] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Runs a selector over local files; see `dsir.select` for the arguments.
 
     `raw` and `target` may also be a dict of name -> files; `target` is None for selectors without one, `model` a model's
-    folder for selectors that need one.
+    folder for selectors that need one, `scores` the folders of other selections by name (`select.combine`).
     The result appears under `out` at once and whole; `OUT.work` holds what a killed call had done and is removed at the end.
     """
     from posttrain.core import registry
@@ -104,6 +105,7 @@ def select_files(
         "raw": source_refs("raw", raw, kind, columns or {}, on_bad),
         "target": source_refs("target", target, target_kind, columns or {}, on_bad),
         "model": [] if model is None else [model_ref(model)],
+        "scores": source_refs("scores", scores, None, {}, on_bad),
     }
     with disk_errors(out):
         new.mkdir(parents=True)

@@ -22,7 +22,7 @@ from posttrain.core.hashing import digest_of
 from posttrain.core.rundir import runs_root
 from posttrain.errors import ConfigError, DataError
 
-PORTS = ("model", "data", "raw", "target", "calib")
+PORTS = ("model", "data", "raw", "target", "scores", "calib")
 TOP = ("model", "sources", "eval", "tracking", "limits", "seed", "name")
 CONTROL = ("out", "prompt")
 
