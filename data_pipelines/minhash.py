@@ -7,9 +7,9 @@ word and K odd, the n-gram that ends at word i has the key
 
 and a text's set is its distinct keys; a text of fewer than n words has one key, that of all its words, and a text
 without a word has none. Two n-grams share a key with probability 2^-64, so the Jaccard similarity |A & B| / |A | B| of two
-sets of keys is that of the n-grams. Signature i of a text is the least value of a random linear map,
+sets of keys is that of the n-grams. Signature i of a text is the least value of a linear map,
 
-    min over keys x of  (a_i x + b_i) mod 2^32        x: the upper half of the key, a_i odd,
+    min over keys x of  a_i x mod 2^32        x: the upper half of the key, a_i odd and random,
 
 and two texts agree in each of the k signatures with probability J: the share of equal ones is an unbiased estimate with
 variance J (1 - J) / k. Cut into b bands of r, two texts share a band with probability 1 - (1 - J^r)^b, which is the curve
@@ -173,26 +173,28 @@ def _distinct(key: np.ndarray, ends: np.ndarray, out: np.ndarray) -> int:
 
 
 @jit
-def _sign(key: np.ndarray, ends: np.ndarray, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-    """Least values of the linear maps; four keys at a time, since loading and storing `out` costs as much as a map."""
-    half = np.uint64(32)
+def _sign(key: np.ndarray, ends: np.ndarray, a: np.ndarray, out: np.ndarray) -> None:
+    """Least values of the linear maps; eight keys at a time, since loading and storing `out` costs more than a map."""
+    h = np.uint64(32)
     start = 0
     for text in range(len(ends)):
         least = out[text]
         end = ends[text]
         i = start
-        while i + 4 <= end:
-            x0, x1 = np.uint32(key[i] >> half), np.uint32(key[i + 1] >> half)
-            x2, x3 = np.uint32(key[i + 2] >> half), np.uint32(key[i + 3] >> half)
+        while i + 8 <= end:
+            x0, x1, x2, x3 = np.uint32(key[i] >> h), np.uint32(key[i + 1] >> h), np.uint32(key[i + 2] >> h), np.uint32(key[i + 3] >> h)
+            x4, x5, x6, x7 = np.uint32(key[i + 4] >> h), np.uint32(key[i + 5] >> h), np.uint32(key[i + 6] >> h), np.uint32(key[i + 7] >> h)
             for j in range(len(a)):
-                v0, v1 = np.uint32(a[j] * x0 + b[j]), np.uint32(a[j] * x1 + b[j])
-                v2, v3 = np.uint32(a[j] * x2 + b[j]), np.uint32(a[j] * x3 + b[j])
+                v0 = min(np.uint32(a[j] * x0), np.uint32(a[j] * x1))
+                v1 = min(np.uint32(a[j] * x2), np.uint32(a[j] * x3))
+                v2 = min(np.uint32(a[j] * x4), np.uint32(a[j] * x5))
+                v3 = min(np.uint32(a[j] * x6), np.uint32(a[j] * x7))
                 least[j] = min(least[j], min(min(v0, v1), min(v2, v3)))
-            i += 4
+            i += 8
         while i < end:
-            x0 = np.uint32(key[i] >> half)
+            x0 = np.uint32(key[i] >> h)
             for j in range(len(a)):
-                least[j] = min(least[j], np.uint32(a[j] * x0 + b[j]))
+                least[j] = min(least[j], np.uint32(a[j] * x0))
             i += 1
         start = end
 
@@ -309,7 +311,7 @@ def distinct(keys: Sets) -> Sets:
 
 
 class MinHash:
-    """Random linear maps, the same on every machine.
+    """Linear maps, the same on every machine.
 
     Args:
         permutations: signatures a text, k.
@@ -317,14 +319,13 @@ class MinHash:
     """
 
     def __init__(self, permutations: int = 112, seed: int = 1) -> None:
-        drawn = mix(mix(np.arange(1, 2 * permutations + 1, dtype=np.uint64)) + mix(np.array([seed], np.uint64)))
-        half = (drawn >> np.uint64(32)).astype(np.uint32)
-        self.a, self.b = half[:permutations] | np.uint32(1), half[permutations:]
+        drawn = mix(mix(np.arange(1, permutations + 1, dtype=np.uint64)) + mix(np.array([seed], np.uint64)))
+        self.a = (drawn >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
 
     def sign(self, keys: Sets) -> np.ndarray:
         """uint32[n, k]; all ones for a text without keys, which must not be compared."""
         out = np.full((len(keys.end), len(self.a)), _TOP, np.uint32)
-        _sign(keys.key, keys.end, self.a, self.b, out)
+        _sign(keys.key, keys.end, self.a, out)
         return out
 
 
