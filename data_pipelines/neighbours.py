@@ -193,11 +193,12 @@ def round_robin(neighbours: Neighbours, stop: int | None = None) -> tuple[np.nda
         (ids int64[k] in order, layer int64[k] from 0).
     """
     known, number = np.unique(neighbours.ids, return_inverse=True)
-    number = number.reshape(neighbours.ids.shape)
+    targets, layers = neighbours.ids.shape
+    number = number.reshape(targets, layers)
     taken = np.zeros(len(known), bool)
     order: list[np.ndarray] = []
     count = 0
-    for i in range(number.shape[1]):
+    for i in range(layers):
         fresh = ~taken[number[:, i]]
         layer, score = number[fresh, i], neighbours.score[fresh, i]
         best = layer[np.lexsort((layer, -score))]
