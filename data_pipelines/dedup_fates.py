@@ -8,7 +8,8 @@
 
 Peak memory of the first process, for N rows of which C are candidates or exact copies: about 26 N bytes (union-find, flags,
 counts), 40 bytes a row of one sorting window, 250 C bytes, and the sets of one group of clusters, 8 bytes a word. The
-sets of a single cluster that is larger than `memory` lie in a file whose pages the system can drop.
+sets of a single cluster that is larger than `memory` lie in a file whose pages the system can drop. A worker holds the
+marks of one shard, and of the longest row about 12 times its size.
 """
 
 from __future__ import annotations

@@ -159,7 +159,11 @@ def _count_rows(table: Table, job: DedupJob, ctx: StageContext) -> None:
         spelled = ", ".join(f"{count} {name}" for name, count in bad.items())
         ctx.events.warn(f"left out {sum(bad.values())} of {rows + sum(bad.values())} rows: {spelled}")
     if not rows:
-        raise DataError("no rows", where=f"stages.{ctx.name}.in.data", fix="give at least one source with rows")
+        raise DataError(
+            f"no rows ({sum(bad.values())} skipped, {left['held out']} held out)",
+            where=f"stages.{ctx.name}.in.data",
+            fix="give at least one source with rows",
+        )
     if job.config.minhash != "off" and job.config.minhash.unit == "words":
         _warn_of_long_words(table, job, ctx)
 
