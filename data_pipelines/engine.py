@@ -166,7 +166,7 @@ def open_driver(cfg: Any, shards: int, folder: Path) -> Iterator[Driver]:
     if engine is not None and engine.with_ != "pool":
         from data_pipelines.cluster import ClusterDriver
 
-        yield ClusterDriver(engine, folder)
+        yield ClusterDriver(engine, folder, cfg.workers)
     elif cfg.workers == 1:
         meter.use(counters)
         yield Inline()

@@ -43,20 +43,22 @@ class _Score:
 
 
 class _First:
-    """The few rows with the smallest (rank, uid) of all batches."""
+    """The few first rows of all batches in the order of (rank, uid), or the few last ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: bool = False) -> None:
+        self._last = last
         self._held: list[tuple[int, int, int, int, float, int]] = []
 
     def add(self, rank: np.ndarray, which: np.ndarray, shard: Shard, columns: dict[str, Any]) -> None:
+        rank, uid = (~rank, ~columns["uid"]) if self._last else (rank, columns["uid"])
         at = np.flatnonzero(which)
         if len(at) > SHOWN:
             limit = np.partition(rank[at], SHOWN - 1)[SHOWN - 1]
             at = at[rank[at] <= limit]
         if len(at) > SHOWN:
-            at = at[np.lexsort((columns["place"][at], columns["uid"][at], rank[at]))[:SHOWN]]
+            at = at[np.lexsort((columns["place"][at], uid[at], rank[at]))[:SHOWN]]
         for i in at.tolist():
-            row = (int(rank[i]), int(columns["uid"][i]), shard.index, int(columns["place"][i]))
+            row = (int(rank[i]), int(uid[i]), shard.index, int(columns["place"][i]))
             self._held.append((*row, float(columns["score"][i]), int(columns["words"][i])))
         self._held = sorted(self._held)[:SHOWN]
 
@@ -79,7 +81,7 @@ def measure(job: Job, shards: list[Shard], choice: Choice) -> Figures:
     """All figures of a choice."""
     found, lengths = Figures(), np.zeros((2, LONGEST + 1), np.int64)
     leading = np.zeros(1 << 16, np.int64)
-    first = {name: _First() for name in ("best", "last_in", "first_out", "worst")}
+    few = {"best": _First(), "last_in": _First(last=True), "first_out": _First(), "worst": _First(last=True)}
     highest = -math.inf
     last = choice.last if any(cut.rows for cut in choice.last.cuts) else choice.rounds[0]
     for shard in shards:
@@ -97,11 +99,11 @@ def measure(job: Job, shards: list[Shard], choice: Choice) -> Figures:
             _count_targets(job, choice, shard, columns, mask, found.targets)
             key = last.order.keys(shard, columns)
             known, rank = ~np.isnan(key), rank_of(np.nan_to_num(key))
-            first["best"].add(rank_of(score), mask, shard, columns)
-            first["worst"].add(~rank_of(score), mask, shard, columns)
-            first["last_in"].add(~rank, last.mask(shard, columns, choice.quotas) & known, shard, columns)
-            first["first_out"].add(rank, ~mask & known, shard, columns)
-    found.examples = {name: few.rows() for name, few in first.items()}
+            few["best"].add(rank_of(score), mask, shard, columns)
+            few["worst"].add(rank_of(score), mask, shard, columns)
+            few["last_in"].add(rank, last.mask(shard, columns, choice.quotas) & known, shard, columns)
+            few["first_out"].add(rank, ~mask & known, shard, columns)
+    found.examples = {name: some.rows() for name, some in few.items()}
     found.summary = _summary(job, shards, choice, lengths, leading, highest)
     return found
 

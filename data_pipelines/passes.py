@@ -41,7 +41,7 @@ SHORT = 0.5
 
 
 def run_selector(selector: str, cfg: Any, ctx: StageContext) -> None:
-    """Runs all passes and writes `ctx.out`: rows-*, scores-*.parquet, state.safetensors, state.json, README.md.
+    """Runs all passes and writes `ctx.out`: rows-*, scores-*.parquet, state.safetensors, selection.json, README.md.
 
     Args:
         selector: name of the module with the `Selector` functions.
@@ -215,7 +215,7 @@ def _finish(job: Job, shards: list[Shard], choice: Choice, figures: Figures, ctx
     known = {name: counts for name, counts in parts.items() if counts}
     ctx.summary.update(rows_out=facts["rows"], tokens=figures.words, **known, **report, **figures.summary)
     state = {"selector": job.selector, "seed": job.seed, "cuts": _cuts(choice), **_where_features(job, shards), **known, **report}
-    write_json(ctx.out / "state.json", {**state, "examples": shown_examples(job, shards), **figures.summary})
+    write_json(ctx.out / "selection.json", {**state, "examples": shown_examples(job, shards), **figures.summary})
     _warn_short(ctx, figures)
     ctx.events.log(f"picked {facts['rows']} of {ctx.summary['rows_in']} rows, {figures.words} words; {_numbers(report)}")
     ctx.meta.update(row_type=facts["row_type"], rows=facts["rows"], split={})

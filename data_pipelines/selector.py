@@ -73,6 +73,8 @@ class Engine(Strict):
     """Arguments of the datatrove executor, e.g. `{partition: cpu, time: "04:00:00"}` for Slurm."""
     poll_s: Annotated[float, Field(gt=0)] = 5.0
     """Seconds between looks for finished parts of tasks that run elsewhere."""
+    stall_s: Annotated[float, Field(gt=0)] = 86_400.0
+    """Seconds without a newly finished part of such tasks after which the run is given up."""
 
 
 class SelectorConfig(StageConfig):

@@ -27,10 +27,8 @@ CARD = """---
 configs:
 - config_name: default
   data_files: rows-*{suffix}
-- config_name: scores
-  data_files: scores-*.parquet
 ---
-Rows picked by `{method}`; the scores of all raw rows are beside them.
+Rows picked by `{method}`. The scores of all raw rows are in `scores-*.parquet`, figures and examples in `selection.json`.
 """
 
 
