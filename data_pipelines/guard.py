@@ -5,9 +5,16 @@ of row x has the smoothed pointwise mutual information, its own row left out (c'
 
     PMI(a, b) = log (c'_ab + lambda) / (e_ab + lambda),     e_ab = c'_a c'_b / N'
 
-and the row's figure is the mean over its pairs. Independent draws have c_ab near e_ab, so their mean is near or below zero
+and the row's PMI is the mean over its pairs. Independent draws have c_ab near e_ab, so their mean is near or below zero
 however likely each word is; written text lies above, in every language and in code. Pairs too rare to judge shrink to
-zero. The threshold is a low quantile of the target rows' own figures.
+zero. Where "near zero" is depends on the data, so it is measured: a sample of target rows with their words in random order
+gives the mean mu and deviation sigma of the PMI of salad, and a row's figure is
+
+    z(x) = (PMI(x) - mu) / sigma
+
+A row is salad below z = 4, or below a low quantile of the target rows' own figures where that is lower (so that no target
+loses its rows). The quantile alone would not do: a target of few templates or with rows that are there twice has a far
+higher PMI than any other text.
 
 Counts are kept in tables of fixed size by the hash of a word or pair: memory is 40 MB for any number of rows, and since
 sums of integers do not depend on the order, neither do the figures depend on shards or workers. Pairs that share a place
@@ -23,13 +30,17 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from data_pipelines.jit import jit
-from data_pipelines.ngrams import WINDOW, batches, find_words, mix1, pieces
+from data_pipelines.ngrams import WINDOW, batches, find_words, mix, mix1, pieces
 from data_pipelines.selector import Arrays, Guard, Row
 
 PAIR_BITS, WORD_BITS = 22, 20
 """log2 of the places for pairs and for words; 8 bytes each."""
 MIN_TARGET_ROWS = 50
 """Fewer judged target rows than this set no threshold."""
+SALAD = 4.0
+"""Figure below which a row is salad."""
+SAMPLE_ROWS, SAMPLE_WORDS, ORDERS = 64, 256, 4
+"""Target rows that are put in random order, how much of each, and how often."""
 _K = np.uint64(0xA0761D6478BD642F)
 _DENSE = 4
 """Tables are written as lists of (place, count) where fewer than one place in so many is used."""
@@ -45,7 +56,7 @@ def watch(rows: Iterable[Row], cfg: Guard) -> tuple[Iterator[Row], Callable[[], 
     Returns:
         (iterator over the same rows, function that gives the counts once the iterator is exhausted).
     """
-    pairs, words = np.zeros(1 << PAIR_BITS, np.int64), np.zeros(1 << WORD_BITS, np.int64)
+    pairs, words, sample = np.zeros(1 << PAIR_BITS, np.int64), np.zeros(1 << WORD_BITS, np.int64), _Sample()
 
     def passing() -> Iterator[Row]:
         from posttrain.data.rows import row_text
@@ -56,26 +67,35 @@ def watch(rows: Iterable[Row], cfg: Guard) -> tuple[Iterator[Row], Callable[[], 
             held.append(row_text(row))
             size += len(held[-1]) + 1
             if size >= WINDOW:
-                _add(held, pairs, words)
+                _add(held, pairs, words, sample)
                 held, size = [], 0
             yield row
-        _add(held, pairs, words)
+        _add(held, pairs, words, sample)
 
-    return passing(), lambda: {**_packed("pairs", pairs), **_packed("words", words)}
+    return passing(), lambda: {**_packed("pairs", pairs), **_packed("words", words), **sample.packed()}
 
 
 def merge(raw_parts: Iterable[Arrays], target_parts: Iterable[Arrays], cfg: Guard) -> Arrays:
-    """The guard's tables, `pairs` int64[2^PAIR_BITS] and `words` int64[2^WORD_BITS], from what `watch` counted in each shard."""
-    pairs, words = np.zeros(1 << PAIR_BITS, np.int64), np.zeros(1 << WORD_BITS, np.int64)
-    for parts in (raw_parts, target_parts):
-        for part in parts:
-            _unpack("pairs", part, pairs)
-            _unpack("words", part, words)
-    return {"pairs": pairs, "words": words}
+    """The guard's tables, from what `watch` counted in each shard.
+
+    Returns:
+        `pairs` int64[2^PAIR_BITS], `words` int64[2^WORD_BITS], `null` float64[2]: mu and sigma, nan without a target row that
+        can be judged.
+    """
+    pairs, words, sample = np.zeros(1 << PAIR_BITS, np.int64), np.zeros(1 << WORD_BITS, np.int64), _Sample()
+    for part in raw_parts:
+        _unpack("pairs", part, pairs)
+        _unpack("words", part, words)
+    for part in target_parts:
+        _unpack("pairs", part, pairs)
+        _unpack("words", part, words)
+        sample.unpack(part)
+    tables = {"pairs": pairs, "words": words}
+    return {**tables, "null": _null(list(sample.rows.values()), tables, cfg)}
 
 
 def scores(texts: list[str], state: Arrays, cfg: Guard, own: bool = True) -> np.ndarray:
-    """Mean PMI of each text's adjacent words, float64[n]; nan where it has fewer than `cfg.min_pairs` pairs.
+    """How far each text is from words in random order, z(x), float64[n]; nan where it has fewer than `cfg.min_pairs` pairs.
 
     Args:
         texts: any number.
@@ -83,23 +103,80 @@ def scores(texts: list[str], state: Arrays, cfg: Guard, own: bool = True) -> np.
         cfg: for `min_pairs`.
         own: the texts were counted in the tables, so each one's own counts are taken out before it is judged.
     """
-    found = np.full(len(texts), np.nan)
-    total = int(state["words"].sum())
-    own_pairs, own_words = np.zeros(1 << PAIR_BITS, np.int32), np.zeros(1 << WORD_BITS, np.int32)
-    for document, key, first in _keys(texts):
-        mean = np.empty(len(document))
-        _judge(key, first, state["pairs"], state["words"], total, own_pairs, own_words, own, cfg.min_pairs, mean)
-        found[document] = mean
+    mean, deviation = state["null"]
+    found: np.ndarray = (mean_pmi(texts, state, cfg, own) - mean) / deviation
     return found
 
 
+def mean_pmi(texts: list[str], state: Arrays, cfg: Guard, own: bool = True) -> np.ndarray:
+    """Mean PMI of each text's adjacent words in nats, float64[n]; nan and arguments as in `scores`."""
+    found, judge = np.full(len(texts), np.nan), _judged(state, cfg, own)
+    for document, key, first in _keys(texts):
+        found[document] = judge(key, first)
+    return found
+
+
+def _judged(state: Arrays, cfg: Guard, own: bool) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """(keys end to end, where each text's begin) -> mean PMI of each text."""
+    pairs, words = state["pairs"], state["words"]
+    own_pairs, own_words, total = np.zeros(len(pairs), np.int32), np.zeros(len(words), np.int32), int(words.sum())
+
+    def judge(key: np.ndarray, first: np.ndarray) -> np.ndarray:
+        mean = np.empty(len(first) - 1)
+        _judge(key, first, pairs, words, total, own_pairs, own_words, own, cfg.min_pairs, mean)
+        return mean
+
+    return judge
+
+
+def _null(rows: list[np.ndarray], tables: Arrays, cfg: Guard) -> np.ndarray:
+    """Mean and deviation of the PMI of rows (given by their words' keys) in random order."""
+    mixed = [key[random_order(len(key), turn)] for key in rows for turn in range(ORDERS)]
+    key = np.concatenate([np.zeros(0, np.uint64), *mixed])
+    found = _judged(tables, cfg, True)(key, np.cumsum([0, *map(len, mixed)]))
+    found = found[np.isfinite(found)]
+    return np.array([found.mean(), max(float(found.std()), 1e-6)]) if len(found) else np.full(2, np.nan)
+
+
+def random_order(count: int, turn: int) -> np.ndarray:
+    """A permutation of 0..count-1, the same for the same arguments."""
+    return np.argsort(mix(np.arange(count, dtype=np.uint64) + np.uint64((turn + 1) << 32)))
+
+
+class _Sample:
+    """The rows with the smallest hashes of their words, as keys; rows with the same words are one."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, np.ndarray] = {}
+        self._limit = np.uint64(2**64 - 1)
+
+    def add(self, hashes: np.ndarray, key: np.ndarray, first: np.ndarray) -> None:
+        for d in np.flatnonzero(hashes < self._limit):
+            self.rows[int(hashes[d])] = key[first[d] : min(first[d + 1], first[d] + SAMPLE_WORDS)].copy()
+        self._shrink()
+
+    def _shrink(self) -> None:
+        self.rows = dict(sorted(self.rows.items())[:SAMPLE_ROWS])
+        if len(self.rows) == SAMPLE_ROWS:
+            self._limit = np.uint64(max(self.rows))
+
+    def packed(self) -> Arrays:
+        sizes = np.array([len(key) for key in self.rows.values()], np.int64)
+        keys = np.concatenate([np.zeros(0, np.uint64), *self.rows.values()])
+        return {"sample_hashes": np.array(list(self.rows), np.uint64), "sample_sizes": sizes, "sample_keys": keys}
+
+    def unpack(self, part: Arrays) -> None:
+        first = np.cumsum(np.append(0, part["sample_sizes"]))
+        self.add(part["sample_hashes"], part["sample_keys"], first)
+
+
 def threshold(target_scores: np.ndarray, cfg: Guard) -> float:
-    """The `cfg.quantile` quantile of the target rows' figures: raw rows below it are salad.
+    """The figure below which a raw row is salad: SALAD, or the `cfg.quantile` quantile of the target rows' if that is lower.
 
     -inf, which lets every row pass, where fewer than MIN_TARGET_ROWS target rows could be judged.
     """
     judged = target_scores[np.isfinite(target_scores)]
-    return float(np.quantile(judged, cfg.quantile)) if len(judged) >= MIN_TARGET_ROWS else -np.inf
+    return min(SALAD, float(np.quantile(judged, cfg.quantile))) if len(judged) >= MIN_TARGET_ROWS else -np.inf
 
 
 def _keys(texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -124,19 +201,24 @@ def _keys(texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.nda
         yield np.array([held]), held_key, np.array([0, len(held_key)])
 
 
-def _add(texts: list[str], pairs: np.ndarray, words: np.ndarray) -> None:
+def _add(texts: list[str], pairs: np.ndarray, words: np.ndarray, sample: _Sample) -> None:
     for _, key, first in _keys(texts):
-        _count(key, first, pairs, words)
+        hashes = np.empty(len(first) - 1, np.uint64)
+        _count(key, first, pairs, words, hashes)
+        sample.add(hashes, key, first)
 
 
 @jit
-def _count(key: np.ndarray, first: np.ndarray, pairs: np.ndarray, words: np.ndarray) -> None:
-    """Adds the words key[first[d]:first[d+1]] of each text, and their adjacent pairs."""
+def _count(key: np.ndarray, first: np.ndarray, pairs: np.ndarray, words: np.ndarray, hashes: np.ndarray) -> None:
+    """Adds the words key[first[d]:first[d+1]] of each text, and their adjacent pairs; `hashes` takes a hash of its words."""
     for d in range(len(first) - 1):
+        h = np.uint64(0)
         for i in range(first[d], first[d + 1]):
             words[key[i] & np.uint64(len(words) - 1)] += 1
+            h = h * _K + key[i]
             if i + 1 < first[d + 1]:
                 pairs[mix1(key[i] * _K + key[i + 1]) & np.uint64(len(pairs) - 1)] += 1
+        hashes[d] = mix1(h)
 
 
 @jit

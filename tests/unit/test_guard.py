@@ -68,7 +68,9 @@ def test_scores_follow_the_formula(own):
     state = fitted(raw, target)
     judged = raw if own else texts(30, 2)
     expected = slow_scores(judged, raw + target, own, CFG.min_pairs)
-    np.testing.assert_allclose(guard.scores(judged, state, CFG, own=own), expected, rtol=1e-10, atol=1e-12)
+    found = guard.mean_pmi(judged, state, CFG, own=own)
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(guard.scores(judged, state, CFG, own=own), (found - state["null"][0]) / state["null"][1])
     assert np.isnan(expected).any() and np.isfinite(expected).any()
 
 
@@ -76,7 +78,34 @@ def test_a_row_alone_in_the_data_has_no_sign():
     """Its own counts out, nothing is left: zero, not minus infinity."""
     text = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
     state = fitted([text], [text.replace("e", "x")])
-    assert guard.scores([text], state, CFG)[0] == pytest.approx(0, abs=1e-6)
+    assert guard.mean_pmi([text], state, CFG)[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_null_is_the_targets_words_in_random_order():
+    raw, target = texts(60, 0), [*texts(30, 1, 300), "too short"]
+    state = fitted(raw, target)
+    mixed = []
+    for text in target:
+        words = text.lower().split()[: guard.SAMPLE_WORDS]
+        mixed += [" ".join(words[i] for i in guard.random_order(len(words), turn)) for turn in range(guard.ORDERS)]
+    expected = np.array(slow_scores(mixed, raw + target, True, CFG.min_pairs))
+    np.testing.assert_allclose(state["null"], [np.nanmean(expected), np.nanstd(expected)], rtol=1e-9)
+    assert sorted(guard.random_order(50, 1)) == list(range(50))
+
+
+def test_the_null_comes_from_a_sample_of_fixed_size(monkeypatch):
+    monkeypatch.setattr(guard, "SAMPLE_ROWS", 5)
+    target = texts(40, 1)
+    part = watched(target)
+    assert len(part["sample_sizes"]) == 5 and part["sample_sizes"].max() <= guard.SAMPLE_WORDS
+    backwards, again = watched(target[::-1]), watched(target * 3)
+    assert all((part[name] == other[name]).all() for other in (backwards, again) for name in part if name.startswith("sample"))
+
+
+def test_without_a_target_row_to_judge_nothing_is_salad():
+    state = fitted(texts(40), ["short"] * 100)
+    assert np.isnan(state["null"]).all() and np.isnan(guard.scores(texts(40), state, CFG)).all()
+    assert guard.threshold(guard.scores(["short"] * 100, state, CFG), CFG) == -np.inf
 
 
 def test_fewer_pairs_than_the_least_are_not_judged():
@@ -95,7 +124,7 @@ def test_shards_parts_and_windows_do_not_matter(monkeypatch, tmp_path):
         save_arrays(tmp_path / f"{i}.safetensors", part)
     parts = (load_arrays(tmp_path / f"{i}.safetensors") for i in range(4))
     split = guard.merge(parts, [watched(target[:5]), watched(target[5:])], CFG)
-    assert (split["pairs"] == whole["pairs"]).all() and (split["words"] == whole["words"]).all()
+    assert all((split[name] == whole[name]).all() for name in whole) and set(split) == set(whole)
     np.testing.assert_array_equal(guard.scores(raw, split, CFG), expected)
     np.testing.assert_array_equal(guard.scores(raw[::-1], split, CFG)[::-1], expected)
 
@@ -131,13 +160,30 @@ def test_salad_is_found_and_text_is_kept(monkeypatch, bits):
     salad = [" ".join(draw.choices(vocabulary, k=120)) for _ in range(60)]
     state = fitted(real + salad, target)
     limit = guard.threshold(guard.scores(target, state, CFG), CFG)
+    assert limit <= guard.SALAD
     assert np.mean(guard.scores(salad, state, CFG) < limit) >= 0.99
-    assert np.mean(guard.scores(real, state, CFG) < limit) <= 0.04
+    assert np.mean(guard.scores(real, state, CFG) < limit) <= 0.01
+
+
+def test_a_target_of_templates_does_not_make_salad_of_other_text():
+    """Its own rows lie far above any other text, which a quantile of them would call salad."""
+    draw, real = random.Random(0), docstrings(400)[::2]
+    target = [f"Question: how many {n}s has Anna if she had {a} and gets {a} more? Answer: Anna has {2 * a} {n}s, I think, now." for a in
+              range(60) for n in (draw.choice(["apple", "book", "car"]),)]  # fmt: skip
+    vocabulary = ngrams.WORD.findall(" ".join(real + target))
+    salad = [" ".join(draw.choices(vocabulary, k=120)) for _ in range(60)]
+    state = fitted(real + salad, target)
+    figures = guard.scores(target, state, CFG)
+    limit = guard.threshold(figures, CFG)
+    assert np.mean(guard.scores(real, state, CFG) < np.quantile(figures, 0.02)) > 0.5
+    assert np.mean(guard.scores(real, state, CFG) < limit) <= 0.05
+    assert np.mean(guard.scores(salad, state, CFG) < limit) >= 0.9
 
 
 def test_a_small_target_sets_no_threshold():
-    values = np.linspace(0, 1, 200)
-    assert guard.threshold(values, CFG) == pytest.approx(0.02)
+    values = np.linspace(0, 100, 200)
+    assert guard.threshold(values, CFG) == pytest.approx(2)
+    assert guard.threshold(values + 50, CFG) == guard.SALAD
     assert guard.threshold(np.append(values[: guard.MIN_TARGET_ROWS], np.nan), CFG) > 0
     assert guard.threshold(np.append(values[: guard.MIN_TARGET_ROWS - 1], [np.nan] * 100), CFG) == -np.inf
     assert guard.threshold(np.zeros(0), CFG) == -np.inf
