@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 
 from data_pipelines import tarot_rules
 from data_pipelines.neighbours import Neighbours, top_neighbours
-from data_pipelines.tarot_rules import Gathered, Picked, Space, distance, fixed, folds_of, otm, repeats
+from data_pipelines.tarot_rules import Gathered, ListsTooShort, Picked, Space, distance, fixed, folds_of, otm, repeats, with_lists
 from posttrain.errors import ConfigError, DataError
 
 
@@ -173,6 +173,28 @@ def test_gathered_fetches_what_is_asked_for_in_few_sweeps() -> None:
         early(np.array([10**6]))
     with pytest.raises(DataError, match="not among the rows"):
         Gathered(lambda: iter([(np.arange(5), rows[:5])]), lists)(lists.ids[0])
+
+
+@pytest.mark.parametrize("compat", ["", "repo"])
+def test_short_lists_that_grow_give_the_pick_of_long_ones(compat: str) -> None:
+    rows, targets = data(120, 9, 5)
+    space, made = Space(targets, lambda ids: rows[ids], compat=compat), []
+
+    def make(limit: int) -> Neighbours:
+        made.append(limit)
+        return top_neighbours([(np.arange(120), rows)], targets, limit)
+
+    rules = [lambda lists, whole, k=k: fixed(lists, space, k, whole=whole) for k in (3, 40, 80)]
+    rules.append(lambda lists, whole: otm(lists, space, folds=3, patience=2, whole=whole))
+    for rule in rules:
+        one, other = with_lists(make, rule, 2, 60), rule(make(60), True)
+        assert np.array_equal(one.ids, other.ids) and np.array_equal(one.weight, other.weight)
+    assert made[0] == 2 and 8 in made and 32 in made
+    with pytest.raises(ListsTooShort):
+        fixed(make(2), space, 100, whole=False)
+    if not compat:
+        with pytest.raises(ListsTooShort):
+            with_lists(make, rules[2], 2, 5)
 
 
 def test_repeats_are_exact_and_follow_the_weights() -> None:
