@@ -76,9 +76,9 @@ class TableOrder:
 
     def _at(self, shard: Shard, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
         """(rows of the batch that are in the table, their places in it)."""
-        begin, end = (int(np.searchsorted(self._arrays["shard"], index)) for index in (shard.index, shard.index + 1))
+        begin, end = np.searchsorted(self._arrays["shard"], np.array([shard.index, shard.index + 1])).tolist()
         known = self._arrays["place"][begin:end]
-        at = np.searchsorted(known, columns["place"])
+        at = np.searchsorted(known, np.asarray(columns["place"]))
         inside = np.flatnonzero(at < len(known))
         inside = inside[known[at[inside]] == columns["place"][inside]]
         return inside, begin + at[inside]

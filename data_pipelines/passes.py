@@ -52,9 +52,10 @@ def run_selector(selector: str, cfg: Any, ctx: StageContext) -> None:
         ConfigError: a config that does not fit the inputs or the selector.
         DataError: no rows, no target text, nothing eligible, or a budget too small for the best row.
     """
-    raw = list_shards(ctx.refs("raw"), f"stages.{ctx.name}.in.raw")
+    spans = ctx.work / "spans.json"
+    raw = list_shards(ctx.refs("raw"), f"stages.{ctx.name}.in.raw", spans)
     named = _target_refs(cfg, ctx)
-    targets = _by_target(list_shards([ref for _, ref in named], f"stages.{ctx.name}.in.target") if named else [], named, cfg)
+    targets = _by_target(list_shards([ref for _, ref in named], f"stages.{ctx.name}.in.target", spans) if named else [], named, cfg)
     _check(raw, cfg, ctx)
     job = _job(selector, cfg, ctx, raw, targets, tuple(name for name, _ in named) if cfg.targets == "separate" else ("",))
     _check_selector(job, ctx)

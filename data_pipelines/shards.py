@@ -1,8 +1,8 @@
 """The frozen list of shards behind a stage's inputs, and the rows of one shard.
 
-A shard is the unit of work, of resuming and of parallelism: one file of a source, one file of a committed dataset, or a
-whole hub dataset. Rows come out normalised, with their row number, only those of the wanted part, and never a row that
-is held out for evaluation.
+A shard is the unit of work, of resuming and of parallelism: one file of a source or of a committed dataset, a part of a
+large file (see `data_pipelines.split`), or a whole hub dataset. Rows come out normalised, with their row number, only those
+of the wanted part, and never a row that is held out for evaluation.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core.artifact import InputRef
+from posttrain.data.shards import Span
 from posttrain.errors import ConfigError, DataError
 
 
@@ -31,7 +32,8 @@ class Shard:
         columns: renames, our field -> their column.
         validation, test: held-out shares.
         on_bad: `stop` or `skip`.
-        size: bytes of the file; 0 for a hub dataset.
+        size: bytes of the file or part; 0 for a hub dataset.
+        span: the part of the file; None = all of it.
     """
 
     index: int
@@ -44,15 +46,21 @@ class Shard:
     test: float = 0.0
     on_bad: str = "stop"
     size: int = 0
+    span: Span | None = None
 
     def stamp(self) -> list[Any]:
         """What tells this shard's content apart: input, label, size and modification time."""
         facts = os.stat(self.path) if self.path else None
-        return [self.ref.key, self.ref.label, self.label, facts and facts.st_size, facts and facts.st_mtime_ns]
+        return [self.ref.key, self.ref.label, self.label, facts and facts.st_size, facts and facts.st_mtime_ns, self.span]
 
 
-def list_shards(refs: list[InputRef], where: str = "") -> list[Shard]:
-    """Shards of all references, in the order written and then by name.
+def list_shards(refs: list[InputRef], where: str = "", cache: Path | None = None) -> list[Shard]:
+    """Shards of all references, in the order written and then by name; large files are several.
+
+    Args:
+        refs: inputs of a port.
+        where: the port, for messages.
+        cache: file that remembers where the lines of large files begin; None = large files stay whole.
 
     Raises:
         ConfigError: a mixture share or repeat, which a selector's budget makes meaningless.
@@ -66,9 +74,9 @@ def list_shards(refs: list[InputRef], where: str = "") -> list[Shard]:
         files = facts.pop("files")
         labels = _labels(files)
         for file, label in zip(files, labels, strict=True):
-            size = file.stat().st_size if file else 0
             name = f"{ref.name}/{label}" if label else ref.name
-            found.append(Shard(len(found), name, str(file) if file else "", ref, size=size, **facts))
+            for part, span, size in _parts(file, cache):
+                found.append(Shard(len(found), f"{name}{part}", str(file) if file else "", ref, size=size, span=span, **facts))
     if not found:
         raise DataError("no shards to read", where=where, fix="give at least one source or dataset")
     return found
@@ -79,6 +87,17 @@ def _labels(files: list[Path | None]) -> list[str]:
         return [""]
     root = Path(os.path.commonpath([file.parent for file in files if file]))
     return [file.relative_to(root).as_posix() for file in files if file]
+
+
+def _parts(file: Path | None, cache: Path | None) -> list[tuple[str, Span | None, int]]:
+    """(suffix of the label, part, bytes) of a file."""
+    from data_pipelines.split import spans_of
+
+    size = file.stat().st_size if file else 0
+    spans = spans_of(file, cache) if file and cache else []
+    if len(spans) < 2:
+        return [("", None, size)]
+    return [(f" part {i} of {len(spans)}", span, bytes_of_it) for i, (span, bytes_of_it) in enumerate(spans, 1)]
 
 
 def _artifact_facts(ref: InputRef) -> dict[str, Any]:
@@ -147,7 +166,7 @@ def rows_at(shard: Shard, numbers: Iterable[int]) -> Iterator[tuple[int, dict[st
 def _unchecked_rows(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
     from posttrain.data.shards import read_shard
 
-    return read_shard(shard.path, on_bad=shard.on_bad) if shard.path else _hub_rows(shard, Counter())
+    return read_shard(shard.path, on_bad=shard.on_bad, span=shard.span) if shard.path else _hub_rows(shard, Counter())
 
 
 def _part_rows(shard: Shard, tally: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -156,7 +175,7 @@ def _part_rows(shard: Shard, tally: Counter[str]) -> Iterator[tuple[int, dict[st
     from posttrain.data.strict_json import RowError
 
     bad = BadRows()
-    for number, row in read_shard(shard.path, on_bad=shard.on_bad, bad=bad):
+    for number, row in read_shard(shard.path, on_bad=shard.on_bad, bad=bad, span=shard.span):
         try:
             row = checked(row, shard.kind, shard.columns)
         except RowError as error:

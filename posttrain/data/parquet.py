@@ -8,26 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.strict_json import RowError, check_surrogates
 from posttrain.errors import DataError
 
+if TYPE_CHECKING:
+    from posttrain.data.shards import Span
+
 PARQUET_BATCH = 64
 
 
-def parquet_rows(path: Path, on_bad: str, bad: BadRows, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def parquet_rows(path: Path, on_bad: str, bad: BadRows, start: int, span: Span | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a parquet file as (row number from 1, dict), one batch in memory; see `read_shard`."""
     import pyarrow
     import pyarrow.parquet
 
     if path.stat().st_size == 0:
         return
-    number = 0
+    number = span.before if span else 0
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=False) as table:
-            for group in range(table.num_row_groups):
+            for group in range(*span[:2]) if span else range(table.num_row_groups):
                 for batch in table.iter_batches(batch_size=PARQUET_BATCH, row_groups=[group]):
                     if number + batch.num_rows > start:
                         yield from _batch_rows(batch, number, path, on_bad, bad, start)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.compressed import CHUNK, inflated
@@ -23,12 +23,23 @@ from posttrain.data.strict_json import RowError, parse
 from posttrain.data.writer import ShardWriter, json_line
 from posttrain.errors import DataError
 
-__all__ = ["BadRows", "ShardWriter", "expand_shards", "json_line", "plain", "read_shard", "suffix_of"]
+__all__ = ["BadRows", "ShardWriter", "Span", "expand_shards", "json_line", "plain", "read_shard", "suffix_of"]
 
 
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst")
 SUFFIXES = (*LINE_SUFFIXES, ".parquet", ".txt")
 MAX_ROW_BYTES = 512 * 2**20
+
+
+class Span(NamedTuple):
+    """Part of a file: bytes [begin, end) of plain JSON lines, both at the start of a line, or row groups of a parquet.
+
+    `before` is the number of lines or rows in front of it, so that row numbers stay those of the file.
+    """
+
+    begin: int
+    end: int
+    before: int
 
 
 def suffix_of(path: Path | str) -> str | None:
@@ -92,7 +103,7 @@ def _nearest(path: Path) -> str:
 
 
 def read_shard(
-    path: Path | str, *, on_bad: str = "stop", bad: BadRows | None = None, start: int = 0
+    path: Path | str, *, on_bad: str = "stop", bad: BadRows | None = None, start: int = 0, span: Span | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of one shard as (row number from 1, dict); rows up to number `start` are passed over.
 
@@ -101,6 +112,7 @@ def read_shard(
         on_bad: `stop` or `skip`, for bad rows.
         bad: takes the counts of skipped rows.
         start: last row number already seen, to go on where a reader stopped.
+        span: read this part of a parquet or of plain JSON lines only.
 
     Raises:
         DataError: a bad row under `stop`; a damaged or unreadable file always, naming the file and the byte offset.
@@ -111,19 +123,19 @@ def read_shard(
         raise DataError("unknown format", where=str(path), fix=f"known formats: {', '.join(SUFFIXES)}")
     try:
         if kind == ".parquet":
-            yield from parquet_rows(path, on_bad, bad, start)
+            yield from parquet_rows(path, on_bad, bad, start, span)
         elif kind == ".txt":
             yield from _text_rows(path, on_bad, bad, start)
         else:
-            yield from _json_rows(path, kind, on_bad, bad, start)
+            yield from _json_rows(path, kind, on_bad, bad, start, span)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
 
 
-def _json_rows(path: Path, kind: str, on_bad: str, bad: BadRows, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path, kind: str, on_bad: str, bad: BadRows, start: int, span: Span | None) -> Iterator[tuple[int, dict[str, Any]]]:
     with open(path, "rb") as file:
-        chunks = inflated(file, path, kind) if kind.endswith((".gz", ".zst")) else iter(lambda: file.read(CHUNK), b"")
-        for number, (line, size) in enumerate(_lines(chunks), 1):
+        chunks = inflated(file, path, kind) if kind.endswith((".gz", ".zst")) else _plain(file, span)
+        for number, (line, size) in enumerate(_lines(chunks), 1 + (span.before if span else 0)):
             if number <= start or (line is not None and not line.strip(b" \t\r\n\xef\xbb\xbf")):
                 continue
             try:
@@ -132,6 +144,17 @@ def _json_rows(path: Path, kind: str, on_bad: str, bad: BadRows, start: int) -> 
                 bad.take(error, f"{path}:{number}", on_bad)
             else:
                 yield number, row
+
+
+def _plain(file: BinaryIO, span: Span | None) -> Iterator[bytes]:
+    """Pieces of a file, or of a part of it."""
+    if span is None:
+        yield from iter(lambda: file.read(CHUNK), b"")
+        return
+    left = span.end - file.seek(span.begin)
+    while left and (chunk := file.read(min(CHUNK, left))):
+        left -= len(chunk)
+        yield chunk
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[tuple[bytes | None, int]]:
