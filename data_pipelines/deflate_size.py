@@ -30,6 +30,7 @@ _HASH = 1 << 15
 _FARTHEST = 32_768 - 262
 _TOO_FAR = 4096
 _SYMBOLS = (1 << 14) - 1
+_u = np.uint64  # an unsigned index is not tested for being negative
 _LITERALS, _DISTANCES, _END = 286, 30, 256
 _NODES = 2 * _LITERALS + 1
 
@@ -39,8 +40,6 @@ _LEVELS = {
     6: (8, 16, 128, 128), 7: (8, 32, 128, 256), 8: (32, 128, 258, 1024), 9: (32, 258, 258, 4096),
 }  # fmt: skip
 LEVELS = tuple(_LEVELS)
-
-_BELOW = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)
 
 # places in a mark
 _AT, _OPEN, _LENGTH, _START, _COUNT, _BITS, _BLOCK = range(7)
@@ -67,17 +66,17 @@ _HEADER_ORDER = np.array([16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2,
 @jit
 def _sift(heap: np.ndarray, size: int, at: int) -> None:
     """Puts heap[at] in its place; entries are (weight, depth) above ten bits of the node, which take no part in the order."""
-    value = heap[at]
+    value = heap[_u(at)]
     child = at << 1
     while child <= size:
-        if child < size and heap[child + 1] >> 10 <= heap[child] >> 10:
+        if child < size and heap[_u(child + 1)] >> 10 <= heap[_u(child)] >> 10:
             child += 1
-        if value >> 10 <= heap[child] >> 10:
+        if value >> 10 <= heap[_u(child)] >> 10:
             break
-        heap[at] = heap[child]
+        heap[_u(at)] = heap[_u(child)]
         at = child
         child <<= 1
-    heap[at] = value
+    heap[_u(at)] = value
 
 
 @jit
@@ -232,68 +231,38 @@ def _end_block(freq: np.ndarray, raw: int, bits: int, work: np.ndarray) -> int:
 
 @jit
 def _insert(buf: np.ndarray, at: int, head: np.ndarray, before: np.ndarray) -> None:
-    slot = (buf[at] << 10 ^ buf[at + 1] << 5 ^ buf[at + 2]) & (_HASH - 1)
-    before[at] = head[slot]
-    head[slot] = at
+    slot = (buf[_u(at)] << 10 ^ buf[_u(at + 1)] << 5 ^ buf[_u(at + 2)]) & (_HASH - 1)
+    before[_u(at)] = head[_u(slot)]
+    head[_u(slot)] = at
 
 
 @jit
 def _take_back(buf: np.ndarray, first: int, end: int, head: np.ndarray, before: np.ndarray) -> None:
     """Removes the positions first..end-1 from the hash table, whichever of them are in it."""
     for at in range(end - 1, first - 1, -1):
-        slot = (buf[at] << 10 ^ buf[at + 1] << 5 ^ buf[at + 2]) & (_HASH - 1)
-        if head[slot] == at:
-            head[slot] = before[at]
+        slot = (buf[_u(at)] << 10 ^ buf[_u(at + 1)] << 5 ^ buf[_u(at + 2)]) & (_HASH - 1)
+        if head[_u(slot)] == at:
+            head[_u(slot)] = before[_u(at)]
 
 
 @jit
-def _same_bytes(apart: np.uint64) -> int:
-    """How many of the lowest bytes are zero, of 8."""
-    size = 0
-    while size < 8 and apart & np.uint64(0xFF) == 0:
-        apart >>= np.uint64(8)
-        size += 1
-    return size
-
-
-@jit
-def _spell(buf: np.ndarray, first: int, end: int, word: np.ndarray) -> None:
-    """word[i] = the eight bytes from i on, lowest first, for first <= i < end."""
-    value = np.uint64(0)
-    for at in range(first, first + 7):
-        value = value >> np.uint64(8) | np.uint64(buf[at]) << np.uint64(56)
-    for at in range(first, end):
-        value = value >> np.uint64(8) | np.uint64(buf[at + 7]) << np.uint64(56)
-        word[at] = value
-
-
-@jit
-def _longest(word: np.ndarray, at: int, most: int, best: int, cur: int, before: np.ndarray, chain: int, nice: int) -> tuple[int, int]:
+def _longest(buf: np.ndarray, at: int, most: int, best: int, cur: int, before: np.ndarray, chain: int, nice: int) -> tuple[int, int]:
     """(length, start) of the first longest match of the bytes at `at` that is longer than `best`; start 0: there is none."""
     start = 0
     lowest = max(at - _FARTHEST, 0)
     nice = min(nice, most)
     if best >= most:
         return best, start
-    here, tail = word[at], word[at + best - 7] if best >= 8 else np.uint64(0)
-    mask = _BELOW[min(best + 1, 8)]
     while True:
-        apart = word[cur] ^ here
-        if apart & mask == 0 and (best < 8 or word[cur + best - 7] == tail):
-            size = 0
-            while apart == 0 and size + 8 < most:
-                size += 8
-                apart = word[cur + size] ^ word[at + size]
-            size += _same_bytes(apart)
-            size = min(size, most)
+        if buf[_u(cur + best)] == buf[_u(at + best)] and buf[_u(cur + best - 1)] == buf[_u(at + best - 1)] and buf[_u(cur)] == buf[_u(at)]:
+            size = 1
+            while size < most and buf[_u(cur + size)] == buf[_u(at + size)]:
+                size += 1
             if size > best:
                 best, start = size, cur
                 if size >= nice:
                     break
-                mask = _BELOW[min(best + 1, 8)]
-                if best >= 8:
-                    tail = word[at + best - 7]
-        cur = int(before[cur])
+        cur = int(before[_u(cur)])
         chain -= 1
         if cur <= lowest or chain == 0:
             break
@@ -309,7 +278,7 @@ def _tally(freq: np.ndarray, size: int, distance: int) -> None:
 
 @jit
 def _lazy(
-    buf: np.ndarray, word: np.ndarray, end: int, whole: bool, mark: np.ndarray, freq: np.ndarray, head: np.ndarray, before: np.ndarray,
+    buf: np.ndarray, end: int, whole: bool, mark: np.ndarray, freq: np.ndarray, head: np.ndarray, before: np.ndarray,
     work: np.ndarray, good: int, lazy: int, nice: int, chain: int,
 ) -> None:  # fmt: skip
     """Levels 4 to 9: a match is taken only if the next position has no longer one.
@@ -325,10 +294,10 @@ def _lazy(
         old, old_start = size, start
         now, now_start = 2, start
         if left >= 3:
-            cur = head[(buf[at] << 10 ^ buf[at + 1] << 5 ^ buf[at + 2]) & (_HASH - 1)]
+            cur = head[(buf[_u(at)] << 10 ^ buf[_u(at + 1)] << 5 ^ buf[_u(at + 2)]) & (_HASH - 1)]
             if cur != 0 and old < lazy and at - cur <= _FARTHEST:
                 most = min(left, 258)
-                now, found = _longest(word, at, most, old, cur, before, chain >> 2 if old >= good else chain, nice)
+                now, found = _longest(buf, at, most, old, cur, before, chain >> 2 if old >= good else chain, nice)
                 if not whole and now >= left:
                     break
                 if found:
@@ -367,7 +336,7 @@ def _lazy(
 
 @jit
 def _greedy(
-    buf: np.ndarray, word: np.ndarray, end: int, whole: bool, mark: np.ndarray, freq: np.ndarray, head: np.ndarray, before: np.ndarray,
+    buf: np.ndarray, end: int, whole: bool, mark: np.ndarray, freq: np.ndarray, head: np.ndarray, before: np.ndarray,
     work: np.ndarray, lazy: int, nice: int, chain: int,
 ) -> None:  # fmt: skip
     """Levels 1 to 3: every match is taken; as `_lazy` otherwise."""
@@ -378,9 +347,9 @@ def _greedy(
             break
         size = start = 0
         if left >= 3:
-            cur = head[(buf[at] << 10 ^ buf[at + 1] << 5 ^ buf[at + 2]) & (_HASH - 1)]
+            cur = head[(buf[_u(at)] << 10 ^ buf[_u(at + 1)] << 5 ^ buf[_u(at + 2)]) & (_HASH - 1)]
             if cur != 0 and at - cur <= _FARTHEST:
-                size, start = _longest(word, at, min(left, 258), 2, cur, before, chain, nice)
+                size, start = _longest(buf, at, min(left, 258), 2, cur, before, chain, nice)
                 if not whole and size + 3 > left:
                     break
             _insert(buf, at, head, before)
@@ -402,8 +371,8 @@ def _greedy(
 
 @jit
 def _pairs(
-    first: np.ndarray, data: np.ndarray, offsets: np.ndarray, buf: np.ndarray, word: np.ndarray, head: np.ndarray,
-    before: np.ndarray, work: np.ndarray, level: np.ndarray, out: np.ndarray,
+    first: np.ndarray, data: np.ndarray, offsets: np.ndarray, buf: np.ndarray, head: np.ndarray, before: np.ndarray,
+    work: np.ndarray, level: np.ndarray, out: np.ndarray,
 ) -> None:  # fmt: skip
     """out[j] = bytes of the deflate stream of first + data[offsets[j]:offsets[j + 1]]; `head` is all zero, before and after."""
     good, lazy, nice, chain = level[1], level[2], level[3], level[4]
@@ -411,21 +380,19 @@ def _pairs(
     mark, here = np.zeros(7, np.int64), np.zeros(7, np.int64)
     mark[_LENGTH] = 2
     buf[: len(first)] = first
-    _spell(buf, 0, len(first), word)
     for second in range(-1, len(out)):
         whole = second >= 0
         end = len(first)
         if whole:
             piece = data[offsets[second] : offsets[second + 1]]
             buf[end : end + len(piece)] = piece
-            _spell(buf, max(end - 7, 0), end + len(piece), word)
             end += len(piece)
         here[:] = mark
         freq[:] = kept
         if level[0] >= 4:
-            _lazy(buf, word, end, whole, here, freq, head, before, work, good, lazy, nice, chain)
+            _lazy(buf, end, whole, here, freq, head, before, work, good, lazy, nice, chain)
         else:
-            _greedy(buf, word, end, whole, here, freq, head, before, work, lazy, nice, chain)
+            _greedy(buf, end, whole, here, freq, head, before, work, lazy, nice, chain)
         if whole:
             out[second] = (_end_block(freq, end - here[_BLOCK], here[_BITS], work) + 7) >> 3
             _take_back(buf, mark[_AT], end - 2, head, before)
@@ -436,7 +403,7 @@ def _pairs(
 
 
 class PairSizer:
-    """Deflate sizes of pairs at one level; holds 1.2 MB of tables and is for one thread at a time.
+    """Deflate sizes of pairs at one level; holds 0.3 MB of tables and is for one thread at a time.
 
     Args:
         level: 1 to 9, as zlib's.
@@ -445,7 +412,6 @@ class PairSizer:
     def __init__(self, level: int) -> None:
         self._level = np.array([level, *_LEVELS[level]], np.int64)
         self._buf = np.zeros(LONGEST + 16, np.uint8)
-        self._word = np.zeros(LONGEST + 8, np.uint64)
         self._head, self._before = np.zeros(_HASH, np.uint16), np.zeros(LONGEST + 8, np.uint16)
         self._work = np.zeros((4, 2 * _NODES + 2), np.int64)
 
@@ -457,8 +423,14 @@ class PairSizer:
             data, offsets: uint8 and int64[n + 1]; text j is data[offsets[j]:offsets[j + 1]]. No pair is over `LONGEST`.
         """
         out = np.zeros(len(offsets) - 1, np.int64)
-        _pairs(first, data, offsets, self._buf, self._word, self._head, self._before, self._work, self._level, out)
+        _pairs(first, data, offsets, self._buf, self._head, self._before, self._work, self._level, out)
         return out
+
+
+_WORDS = (
+    b"the quick brown foxes jumped over lazy dogs while compression distances between similar documents remained smaller than "
+    b"those of unrelated paragraphs, which is why shorter codes suffice; def function(argument): return argument + 1 # comment "
+)
 
 
 @functools.cache
@@ -467,12 +439,11 @@ def probes() -> tuple[bytes, ...]:
     numbers = np.arange(1, 60_001, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     numbers ^= numbers >> np.uint64(29)
     drawn = (numbers * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(40)).astype(np.int64)
-    words = (__doc__ or "").split()
-    text = " ".join(words[int(i) % len(words)] for i in drawn[:3000] ** 2 % 7919)
+    text = b"".join(_WORDS[i : i + 3 + i % 11] for i in (drawn[:3000] ** 2 % 7919 % len(_WORDS)).tolist())
     noise = (drawn[:4000] & 255).astype(np.uint8).tobytes()
     few = (drawn[:40_000] & 15).astype(np.uint8).tobytes()
     runs = b"".join(bytes([int(i) & 3]) * (int(i) >> 5 & 511) for i in drawn[:60])
-    return text.encode(), noise, few, runs, (__doc__ or "").encode()
+    return text, noise, few, runs, _WORDS
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from data_pipelines.deflate_size import LEVELS, LONGEST, PairSizer, agrees
 from posttrain.errors import ConfigError, DataError
 
 REPO = Path(__file__).parent.parent.parent
+CASES = REPO / "tests" / "cases"
 WORDS = (REPO / "README.md").read_text(encoding="utf-8").split()
 TEXTS = [
     "",
@@ -85,7 +86,7 @@ def test_scores_equal_the_formula(codec, level, order):
     scored = zipfit.score(rows(TEXTS), fitted(cfg), cfg)
     expected = [slow_score(utf8(x), [utf8(t) for t in TARGETS], SIZES[codec, level], order) for x in TEXTS]
     np.testing.assert_allclose(scored["score"][:, 0], expected, rtol=0, atol=1e-14)
-    assert scored["reason"].tolist() == ["without text"] + [""] * (len(TEXTS) - 1)
+    assert scored["reason"].tolist() == ["without text"] * 2 + [""] * (len(TEXTS) - 2)
     assert "score_se" not in scored and not scored["clipped"].any()
 
 
@@ -329,12 +330,12 @@ def test_the_report_says_how_length_decides():
     expected = spearmanr(score, [len(utf8(t)) for t in texts])[0]
     facts = zipfit.report(state, [zipfit.fit_shard(rows(texts[:9]), cfg, "picked")], cfg)
     assert facts["length_rho"] == pytest.approx(expected, abs=1e-12) and expected < -0.99
-    assert "by length alone" in facts["advice"]
+    assert "by length alone" in facts["warning"]
     paper = config(preset="zipfit-paper")
     rho = zipfit.report({**state, "length_rho": np.array([-0.83])}, [], paper)
-    assert "give the budget in tokens" in rho["advice"]
+    assert "give the budget in tokens" in rho["warning"]
     tokens = config(preset="zipfit-paper", budget={"tokens": 5})
-    assert "advice" not in zipfit.report({**state, "length_rho": np.array([-0.83])}, [], tokens)
+    assert "warning" not in zipfit.report({**state, "length_rho": np.array([-0.83])}, [], tokens)
 
 
 def test_medians_of_the_histogram():
@@ -412,6 +413,19 @@ def test_shards_and_order_never_change_the_pick(tmp_path, fields):
         picked = [json.loads(line) for file in sorted((tmp_path / f"o{number}").glob("rows-*")) for line in file.read_text().splitlines()]
         ids.append(sorted((row["id"], row["score"]) for row in picked))
     assert ids[0] == ids[1] == ids[2]
+
+
+def test_c88_rows_without_text_cannot_win(tmp_path):
+    target = write(tmp_path / "t.jsonl", [{"text": "rivers and bridges"}])
+    summary = zipfit.select(CASES / "C88-empty-texts.jsonl", target, tmp_path / "o", rows=9)
+    assert summary["not_eligible"] == {"without text": 3} and summary["rows_out"] == summary["eligible"]
+
+
+def test_c49_surrogates_are_refused_by_row_or_skipped(tmp_path):
+    target = write(tmp_path / "t.jsonl", [{"text": "some words"}])
+    with pytest.raises(DataError, match=r"C49-surrogates.jsonl:\d+"):
+        zipfit.select(CASES / "C49-surrogates.jsonl", target, tmp_path / "a", rows=1)
+    assert zipfit.select(CASES / "C49-surrogates.jsonl", target, tmp_path / "b", rows=1, on_bad="skip")["rows_out"] == 1
 
 
 def test_length_bins_through_the_passes(tmp_path):
