@@ -114,10 +114,10 @@ def _may_change(every: str) -> np.ndarray:
 
 
 @functools.cache
-def _special() -> re.Pattern[str]:
+def _special() -> str:
     """Characters whose lower case needs more than a table: the sigma, and those that become several."""
     longer = [chr(code) for code in np.flatnonzero(_may_change(_every())).tolist() if len(chr(code).lower()) != 1]
-    return re.compile(f"[Σ{''.join(longer)}]")
+    return "".join(["Σ", *longer])
 
 
 @functools.cache
@@ -159,7 +159,7 @@ def pieces(texts: Iterable[str], n: int, single: bool = False, regex: str = "re"
     A single word longer than WINDOW is held whole, at about 30 bytes a character.
     """
     for index, text in enumerate(texts):
-        if not text.isascii() and _special().search(text):
+        if not text.isascii() and any(char in text for char in _special()):
             text = text.lower()
         if len(text) <= WINDOW:
             yield Piece(index, text, 0)
