@@ -66,18 +66,24 @@ class TarotConfig(SelectorConfig):
     """Vectors of the rows."""
     whiten: bool = True
     """Whiten by the covariance of raw and target rows; otherwise they are only centred."""
-    whiten_eps: Annotated[float, Field(ge=0)] = 0.01
-    """Ridge added to the covariance; larger keeps closer to plain cosines."""
+    whiten_eps: Annotated[float, Field(ge=0)] = 1.0
+    """Ridge added to the covariance. Far below 1, directions that the rows do not fill are blown up to noise, unless there are very
+    many rows; far above, nothing is whitened."""
     eps_relative: bool = True
     """The ridge is times the mean variance of a coordinate, so that it means the same for every model; else as it is."""
     rule: Literal["fixed", "otm", "mean"] = "fixed"
     """How rows are picked; see the method."""
-    limit: Positive = 2000
-    """Nearest raw rows kept of each target row; no others can be picked by `fixed` and `otm`."""
+    limit: Positive | None = None
+    """Most nearest raw rows of each target row that take part in `fixed` and `otm`; the authors' code has 2000. None: as many as
+    the budget needs; under quotas 2000."""
+    last: Literal["largest", "smallest"] = "largest"
+    """Dual potentials of the layer that is cut under `fixed` which stay: `largest` as published."""
     folds: Annotated[int, Field(ge=2)] = 10
     """Parts of the targets under `otm`."""
-    folds_seed: int = 42
+    folds_seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Of the parts."""
+    patience: Positive = 1
+    """Layers in a row that may fail to lower the distance before a fold of `otm` ends."""
     repeats: Annotated[float, Field(ge=1)] | None = None
     """Write the column `repeat`: how often each picked row is to be seen, at least once, the rest in proportion to its dual
     potential; this is their mean."""
@@ -367,7 +373,7 @@ def run(cfg: TarotConfig, ctx: StageContext) -> None:
 def _warn(ctx: StageContext) -> None:
     found = ctx.summary
     if "short" in found and "ranked_rows" in found:
-        ctx.events.warn(f"only {found['ranked_rows']} rows are among the nearest of a target; raise `limit` to rank more")
+        ctx.events.warn(f"only {found['ranked_rows']} rows are among the nearest of a target; raise `limit`, or drop it")
     if found["fitted_rows"] < found["dimensions"]:
         ctx.events.warn(
             f"whitening: {found['fitted_rows']} rows for {found['dimensions']} coordinates; directions without variance are all ridge. "

@@ -227,6 +227,33 @@ def test_only_the_nearest_of_each_target_are_ranked():
     assert set(order) == set(np.argsort(-(x @ y.T), axis=0)[:2].ravel().tolist()) and found.facts["ranked_rows"] == len(order)
 
 
+@pytest.mark.parametrize("fields", [{"budget": {"rows": 50}}, {"budget": {"tokens": 90}}, {"rule": "otm", "folds": 3}])
+def test_lists_that_grow_give_what_whole_lists_give(monkeypatch, fields):
+    from data_pipelines import tarot_order
+
+    raw, target = vectors(60), vectors(5, 1)
+    words = np.random.default_rng(2).integers(1, 5, 60)
+    whole, facts = ranked(raw, target, config(limit=60, **fields), words=words)
+    monkeypatch.setattr(tarot_order, "FIRST_LISTS", 1)
+    monkeypatch.setattr(tarot_order.Rules, "_first_limit", lambda _: 1)
+    grown, more = ranked(raw, target, config(**fields), words=words)
+    assert grown == whole and more.facts == facts.facts
+
+
+def test_the_smallest_potentials_turn_the_cut_layer_round():
+    raw, target = vectors(60), vectors(5, 1)
+    (largest, found), (smallest, _) = (ranked(raw, target, config(budget={"rows": 12}, last=last)) for last in ("largest", "smallest"))
+    cut = found.facts["in_last_layer"]
+    assert cut > 1 and largest[:-cut] == smallest[:-cut] and largest[-cut:] == smallest[-cut:][::-1]
+
+
+def test_quotas_rank_whole_layers():
+    raw, target = vectors(60), vectors(5, 1)
+    order, found = ranked(raw, target, config(budget={"rows": 12}, quotas={"by": "source"}))
+    assert len(order) == 60 and found.facts["last_layer_by"] == "cosine"
+    assert order[:12] != [] and set(order[:12]) >= slow_layers(raw, target, np.ones(60, np.int64), 12)[0]
+
+
 def test_otm_finds_the_rows_of_the_targets_clusters():
     rng = np.random.default_rng(0)
     centres = np.eye(4, 6) * 10
