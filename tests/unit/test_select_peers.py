@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines import classifier, length, random_rows
+from data_pipelines import classifier, embed, length, random_rows
 from data_pipelines.pick import gumbel, row_uid
 from posttrain.errors import ConfigError, DataError
 
@@ -224,3 +224,91 @@ def test_classifier_keeps_targets_apart():
     scores = classifier.score(raw, both, cfg)["score"]
     assert scores.shape == (60, 2) and (scores[:, 1:] == classifier.score(raw, second, cfg)["score"]).all()
     assert len(classifier.report(both, [], cfg)["auc"]) == 2
+
+
+def with_vectors(rows: list[dict], seed: int, shift: float = 0.0) -> list[dict]:
+    """Vectors of few values, so that there are equal ones; every eleventh is zero."""
+    draw = np.random.default_rng(seed)
+    vectors = draw.integers(-2, 3, (len(rows), 4)) + shift
+    vectors[::11] = 0
+    return [{**row, "v": v.tolist()} for row, v in zip(rows, vectors, strict=True)]
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    return math.fsum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
+
+
+def slow_rounds(rows: list[dict], aims: list[dict]) -> list[dict]:
+    """All rows in the order of the round robin, rows by [cosine, uid]."""
+    lists = [sorted(rows, key=lambda row: (-round(cosine(row["v"], aim["v"]), 9), row_uid(row["id"]))) for aim in aims]
+    taken: dict[str, dict] = {}
+    for i in range(len(rows)):
+        offered = [
+            (-round(cosine(found[i]["v"], aim["v"]), 9), row_uid(found[i]["id"]), found[i]) for found, aim in zip(lists, aims, strict=True)
+        ]
+        for *_, row in sorted(offered, key=lambda item: item[:2]):
+            taken.setdefault(row["id"], row)
+    return list(taken.values())
+
+
+@pytest.mark.parametrize("unit", ["rows", "tokens", "share"])
+@pytest.mark.parametrize("first", [1, 16])
+def test_embed_goes_round_the_target_rows(tmp_path, monkeypatch, unit, first):
+    monkeypatch.setattr(embed, "FIRST_LISTS", first)
+    rows, aims = with_vectors(with_ids(corpus(90)), 1), with_vectors(target_rows(7), 2, 0.25)
+    raw, target = shards(tmp_path / "raw", rows, 3), write(tmp_path / "t.jsonl", aims)
+    budget = {"rows": {"rows": 25}, "tokens": {"tokens": 300}, "share": {"share": 0.4}}[unit]
+    summary = embed.select(raw, target, tmp_path / "o", features={"from": "column", "column": "v"}, **budget)
+    known, goals = ([row for row in data if any(row["v"])] for data in (rows, aims))
+    order = slow_rounds(known, goals)
+    expected = order[: {"rows": 25, "share": 36}.get(unit, 0)]
+    for row in order if unit == "tokens" else ():
+        if sum(word_count(r["text"]) for r in [*expected, row]) > 300:
+            break
+        expected.append(row)
+    picked = chosen(tmp_path / "o")
+    assert {row["id"] for row in picked} == {row["id"] for row in expected} and summary["not_eligible"] == {"without features": 9}
+    for row in picked:
+        assert row["score"] == pytest.approx(max(cosine(row["v"], aim["v"]) for aim in goals), abs=1e-6)
+    assert summary["rows_out"] <= summary["round_robin_rows"] <= 81
+
+
+def test_embed_by_mean_cosine_and_the_rows_behind_a_limit(tmp_path):
+    rows, aims = with_vectors(with_ids(corpus(60)), 3), with_vectors(target_rows(5), 4, 0.25)
+    raw, target = shards(tmp_path / "raw", rows, 2), write(tmp_path / "t.jsonl", aims)
+    fields = {"features": {"from": "column", "column": "v"}}
+    known, goals = ([row for row in data if any(row["v"])] for data in (rows, aims))
+    embed.select(raw, target, tmp_path / "mean", rule="mean", rows=10, **fields)
+    mean = {row["id"]: statistics.fmean(cosine(row["v"], aim["v"]) for aim in goals) for row in known}
+    best = sorted(known, key=lambda row: (-round(mean[row["id"]], 7), row_uid(row["id"])))[:10]
+    assert {row["id"] for row in chosen(tmp_path / "mean")} == {row["id"] for row in best}
+    embed.select(raw, target, tmp_path / "limit", limit=1, rows=20, **fields)
+    first = {row["id"] for row in slow_rounds(known, goals)[: len(goals)]}
+    near = {row["id"]: max(cosine(row["v"], aim["v"]) for aim in goals) for row in known}
+    one = {max(known, key=lambda row: (round(cosine(row["v"], aim["v"]), 9), -row_uid(row["id"])))["id"] for aim in goals}
+    rest = sorted((row for row in known if row["id"] not in one), key=lambda row: (-round(near[row["id"]], 7), row_uid(row["id"])))
+    assert {row["id"] for row in chosen(tmp_path / "limit")} == one | {row["id"] for row in rest[: 20 - len(one)]} and one <= first
+
+
+def test_embed_does_not_depend_on_shards(tmp_path):
+    rows = with_vectors(with_ids(corpus(80)), 5)
+    target = write(tmp_path / "t.jsonl", with_vectors(target_rows(6), 6, 0.25))
+    for k in (1, 4):
+        shards(tmp_path / f"raw{k}", rows[::-1] if k == 4 else rows, k)
+        embed.select(tmp_path / f"raw{k}", target, tmp_path / f"o{k}", rows=30, features={"from": "column", "column": "v"})
+    one, four = ({row["id"]: row["score"] for row in chosen(tmp_path / f"o{k}")} for k in (1, 4))
+    assert one == four
+
+
+def test_embed_refuses_what_means_nothing():
+    with pytest.raises(ValueError, match="goes round single target rows"):
+        config(embed.EmbedConfig, targets="separate")
+    with pytest.raises(ValueError, match="no best size"):
+        config(embed.EmbedConfig, budget={"auto": True})
+    cfg = config(embed.EmbedConfig)
+    nothing = {"id": "a", "text": "", embed.FEATURES: np.zeros(3, np.float32)}
+    with pytest.raises(DataError, match="no target row has a vector"):
+        embed.merge([], [[embed.fit_shard([nothing], cfg, "target")]], cfg)
+    state = {"targets": np.eye(2, 4, dtype=np.float32), "mean": np.zeros(4)}
+    with pytest.raises(DataError, match="raw rows have 3 numbers, target rows 4"):
+        embed.score([nothing], state, cfg)
