@@ -148,25 +148,26 @@ def shard_rows(
 
 
 def rows_at(shard: Shard, numbers: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows with these ascending numbers, which `shard_rows` gave before; the others are not checked again."""
+    """The rows with these ascending numbers, which `shard_rows` gave before; the others are neither parsed nor checked again."""
     from posttrain.data.rows import normalise
-
-    wanted = iter(numbers)
-    number = next(wanted, None)
-    if number is None:
-        return
-    for found, row in _unchecked_rows(shard):
-        if found == number:
-            yield found, normalise(row, shard.kind, f"{shard.path}:{found}", shard.columns) if shard.path else row
-            number = next(wanted, None)
-            if number is None:
-                return
-
-
-def _unchecked_rows(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
     from posttrain.data.shards import read_shard
 
-    return read_shard(shard.path, on_bad=shard.on_bad, span=shard.span) if shard.path else _hub_rows(shard, Counter())
+    if not shard.path:
+        yield from _hub_rows_at(shard, numbers)
+        return
+    for number, row in read_shard(shard.path, on_bad=shard.on_bad, span=shard.span, only=numbers):
+        yield number, normalise(row, shard.kind, f"{shard.path}:{number}", shard.columns)
+
+
+def _hub_rows_at(shard: Shard, numbers: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    wanted = iter(numbers)
+    number = next(wanted, None)
+    for found, row in _hub_rows(shard, Counter()):
+        if number is None:
+            return
+        if found == number:
+            yield found, row
+            number = next(wanted, None)
 
 
 def _part_rows(shard: Shard, tally: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -47,31 +48,21 @@ def shard_items(job: Job, shard: Shard, role: str, tally: Counter[str] | None = 
 def items_at(job: Job, shard: Shard, wanted: Iterable[tuple[int, int, int]]) -> Iterator[Item]:
     """The raw items with these (place, number, chunk), ascending; rows behind the last of them are not read."""
     vectors, chunks = _vectors(job, shard, "raw"), job.config.chunks
-    count, queue = Count(shard), _Ahead(wanted)
-    for number, row in rows_at(shard, queue.numbers()):
+    count, queue = Count(shard), deque[tuple[int, list[tuple[int, int]]]]()
+
+    def numbers() -> Iterator[int]:
+        for number, items in itertools.groupby(wanted, lambda item: item[1]):
+            queue.append((number, [(place, chunk) for place, _, chunk in items]))
+            yield number
+
+    for number, row in rows_at(shard, numbers()):
         items = dict(chunks_of(row, chunks.words)) if chunks else {-1: row}
-        for place, chunk in queue.of(number):
+        while queue[0][0] != number:
+            queue.popleft()
+        for place, chunk in queue.popleft()[1]:
             count.add(len(row_text(items[chunk])))
             yield Item(place, number, chunk, _with_vector(items[chunk], vectors, place))
     count.close()
-
-
-class _Ahead:
-    """Wanted items, of which the reader asks for row numbers and then for the places and chunks of the row it has found."""
-
-    def __init__(self, wanted: Iterable[tuple[int, int, int]]) -> None:
-        self._wanted = iter(wanted)
-        self._next = next(self._wanted, None)
-
-    def numbers(self) -> Iterator[int]:
-        while self._next is not None:
-            yield self._next[1]
-
-    def of(self, number: int) -> Iterator[tuple[int, int]]:
-        while self._next is not None and self._next[1] == number:
-            place, _, chunk = self._next
-            self._next = next(self._wanted, None)
-            yield place, chunk
 
 
 def _vectors(job: Job, shard: Shard, role: str) -> Any:

@@ -64,13 +64,19 @@ def _written(job: Job, shard: Shard, file: Any, shown: dict[int, dict[str, Any]]
     examples = example_places(job, shard)
     queue: deque[Wanted] = deque()
     for item in items_at(job, shard, _ahead(wanted_items(job, shard, load_choice(job), examples), queue)):
-        want = queue.popleft()
+        want = _of(item.place, queue)
         if item.place in examples:
             shown[item.place] = {"id": item.row["id"], "text": row_text(item.row)[:EXCERPT]}
         if want.picked:
             row = {name: value for name, value in item.row.items() if name != FEATURES}
             file.write(json_line(with_score(row, want.score, shard.ref.name, job.config.score_as, want.repeat)))
             yield item.row
+
+
+def _of(place: int, queue: deque[Wanted]) -> Wanted:
+    while (want := queue.popleft()).place != place:
+        continue
+    return want
 
 
 def _ahead(wanted: Iterator[Wanted], queue: deque[Wanted]) -> Iterator[tuple[int, int, int]]:

@@ -6,7 +6,7 @@ cannot be joined over them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,12 @@ from posttrain.data.strict_json import RowError, check_surrogates
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
-    from posttrain.data.shards import Span
+    from posttrain.data.shards import Span, Wanted
 
 PARQUET_BATCH = 64
 
 
-def parquet_rows(path: Path, on_bad: str, bad: BadRows, start: int, span: Span | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+def parquet_rows(path: Path, on_bad: str, bad: BadRows, wanted: Wanted, span: Span | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a parquet file as (row number from 1, dict), one batch in memory; see `read_shard`."""
     import pyarrow
     import pyarrow.parquet
@@ -32,8 +32,14 @@ def parquet_rows(path: Path, on_bad: str, bad: BadRows, start: int, span: Span |
         with pyarrow.parquet.ParquetFile(path, memory_map=False) as table:
             for group in range(*span[:2]) if span else range(table.num_row_groups):
                 for batch in table.iter_batches(batch_size=PARQUET_BATCH, row_groups=[group]):
-                    if number + batch.num_rows > start:
-                        yield from _batch_rows(batch, number, path, on_bad, bad, start)
+                    if wanted.over:
+                        return
+                    numbers = wanted.upto(number + 1, number + batch.num_rows)
+                    if len(numbers) == batch.num_rows:
+                        yield from _batch_rows(batch, numbers, path, on_bad, bad)
+                    elif numbers:
+                        some = batch.take(pyarrow.array([at - number - 1 for at in numbers]))
+                        yield from _batch_rows(some, numbers, path, on_bad, bad)
                     number += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
@@ -41,10 +47,8 @@ def parquet_rows(path: Path, on_bad: str, bad: BadRows, start: int, span: Span |
         ) from None
 
 
-def _batch_rows(batch: Any, before: int, path: Path, on_bad: str, bad: BadRows, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, row in enumerate(_to_rows(batch), before + 1):
-        if number <= start:
-            continue
+def _batch_rows(batch: Any, numbers: Sequence[int], path: Path, on_bad: str, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, row in zip(numbers, _to_rows(batch), strict=True):
         try:
             row = {name: plain(value) for name, value in row.items()}
             check_surrogates(row)

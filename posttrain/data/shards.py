@@ -12,7 +12,7 @@ footer, text under a `.gz` name) always stops, since rows before the damage must
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -102,8 +102,38 @@ def _nearest(path: Path) -> str:
     return f"did you mean `{path.parent / near[0]}`?" if near else "check the path"
 
 
+class Wanted:
+    """Which row numbers a reader gives: those behind `start`, or only these ascending ones."""
+
+    def __init__(self, start: int = 0, only: Iterable[int] | None = None) -> None:
+        self._start = start
+        self._only = None if only is None else iter(only)
+        self._next = None if self._only is None else next(self._only, None)
+
+    @property
+    def over(self) -> bool:
+        """No further row is wanted."""
+        return self._only is not None and self._next is None
+
+    def upto(self, first: int, last: int) -> Sequence[int]:
+        """The wanted numbers from `first` to `last`; called with ascending ranges."""
+        if self._only is None:
+            return range(max(first, self._start + 1), last + 1)
+        found = []
+        while self._next is not None and self._next <= last:
+            found.append(self._next)
+            self._next = next(self._only, None)
+        return found
+
+
 def read_shard(
-    path: Path | str, *, on_bad: str = "stop", bad: BadRows | None = None, start: int = 0, span: Span | None = None
+    path: Path | str,
+    *,
+    on_bad: str = "stop",
+    bad: BadRows | None = None,
+    start: int = 0,
+    span: Span | None = None,
+    only: Iterable[int] | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of one shard as (row number from 1, dict); rows up to number `start` are passed over.
 
@@ -112,6 +142,7 @@ def read_shard(
         on_bad: `stop` or `skip`, for bad rows.
         bad: takes the counts of skipped rows.
         start: last row number already seen, to go on where a reader stopped.
+        only: ascending row numbers; others are not parsed, and what is behind the last one is not read.
         span: read this part of a parquet or of plain JSON lines only.
 
     Raises:
@@ -123,20 +154,22 @@ def read_shard(
         raise DataError("unknown format", where=str(path), fix=f"known formats: {', '.join(SUFFIXES)}")
     try:
         if kind == ".parquet":
-            yield from parquet_rows(path, on_bad, bad, start, span)
+            yield from parquet_rows(path, on_bad, bad, Wanted(start, only), span)
         elif kind == ".txt":
-            yield from _text_rows(path, on_bad, bad, start)
+            yield from _text_rows(path, on_bad, bad, Wanted(start, only))
         else:
-            yield from _json_rows(path, kind, on_bad, bad, start, span)
+            yield from _json_rows(path, kind, on_bad, bad, Wanted(start, only), span)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
 
 
-def _json_rows(path: Path, kind: str, on_bad: str, bad: BadRows, start: int, span: Span | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path, kind: str, on_bad: str, bad: BadRows, wanted: Wanted, span: Span | None) -> Iterator[tuple[int, dict[str, Any]]]:
     with open(path, "rb") as file:
         chunks = inflated(file, path, kind) if kind.endswith((".gz", ".zst")) else _plain(file, span)
         for number, (line, size) in enumerate(_lines(chunks), 1 + (span.before if span else 0)):
-            if number <= start or (line is not None and not line.strip(b" \t\r\n\xef\xbb\xbf")):
+            if wanted.over:
+                return
+            if not wanted.upto(number, number) or (line is not None and not line.strip(b" \t\r\n\xef\xbb\xbf")):
                 continue
             try:
                 row = _json_row(line, size, number)
@@ -198,8 +231,8 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _text_rows(path: Path, on_bad: str, bad: BadRows, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    if start >= 1:
+def _text_rows(path: Path, on_bad: str, bad: BadRows, wanted: Wanted) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not wanted.upto(1, 1):
         return
     size = path.stat().st_size
     try:

@@ -268,3 +268,23 @@ def test_written_lines_parse_with_a_strict_reader(tmp_path: Path) -> None:
     writer.write({"score": float("nan"), "text": "half \ud83d"})
     writer.close()
     assert rows(tmp_path / "odd" / "rows-00000.jsonl") == [{"score": "NaN", "text": "half ?"}]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".parquet"])
+def test_only_the_wanted_rows_are_parsed(tmp_path, suffix):
+    writer = ShardWriter(tmp_path, suffix=suffix)
+    for i in range(200):
+        writer.write({"id": f"r{i}", "n": i})
+    (file,) = writer.close()
+    path = tmp_path / file["file"]
+    whole = dict(read_shard(path))
+    for wanted in ([], [1], [200], [3, 64, 65, 66, 130], list(range(1, 201))):
+        assert list(read_shard(path, only=iter(wanted))) == [(number, whole[number]) for number in wanted]
+
+
+def test_rows_that_are_not_wanted_may_be_bad(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"n": 1}\nnot json\n{"n": 3}\nnot json\n')
+    assert list(read_shard(path, only=[1, 3])) == [(1, {"n": 1}), (3, {"n": 3})]
+    with pytest.raises(DataError, match="jsonl:2"):
+        list(read_shard(path, only=[2]))
