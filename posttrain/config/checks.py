@@ -8,7 +8,7 @@ from posttrain.config.common import EvalSet, StageConfig, steering
 from posttrain.config.fields import nearest
 from posttrain.config.paths import is_hub_id
 from posttrain.config.redact import redact
-from posttrain.errors import Problem
+from posttrain.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from posttrain.config.pipeline import Pipeline
@@ -68,12 +68,14 @@ def _check_model(pipeline: Pipeline) -> list[Problem]:
 
 
 def check_eval(wirer: _Wirer) -> list[Problem]:
-    """Evaluation sets, and what stages say about them."""
+    """Evaluation sets, what stages say about them, and rewards."""
     pipeline, before = wirer.pipeline, len(wirer.problems)
     for name, item in pipeline.eval.sets.items():
         _check_set(wirer, f"eval.sets.{name}", item)
     for stage in pipeline.stages:
         _check_stage_eval(wirer, stage)
+        for place, item in enumerate(getattr(stage, "rewards", None) or []):
+            _check_reward(wirer, f"stages.{stage.name}.rewards.{place}", item.use, item.options)
     return wirer.problems[before:]
 
 
@@ -98,18 +100,18 @@ def _check_set(wirer: _Wirer, path: str, item: EvalSet) -> None:
             "use `loss` or `perplexity`, or another source",
         )
     if verified:
-        _check_reward(wirer, f"{path}.reward", item.reward)
+        _check_reward(wirer, f"{path}.reward", item.reward, item.reward_options)
     if not item.metrics:
         wirer.add(f"{path}.metrics", "nothing to measure", "write [loss]")
 
 
-def _check_reward(wirer: _Wirer, path: str, name: str) -> None:
-    from posttrain.rewards.registry import known_rewards
+def _check_reward(wirer: _Wirer, path: str, name: str, options: dict[str, Any]) -> None:
+    from posttrain.rewards.registry import checked_options
 
-    known = known_rewards()
-    if name not in known:
-        near = nearest(name, known)
-        wirer.add(path, f"no reward is called `{name}`", f"did you mean `{near}`?" if near else f"known rewards: {', '.join(known)}")
+    try:
+        checked_options(name, options)
+    except ConfigError as error:
+        wirer.add(path, error.message, error.fix)
 
 
 def _check_stage_eval(wirer: _Wirer, stage: StageConfig) -> None:

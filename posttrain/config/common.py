@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from posttrain.config.base import REPORT_ONLY, ModelId, Name, PathStr, Positive, Share, Strict
 
@@ -203,6 +204,16 @@ class CheckpointConfig(Strict):
     """Complete checkpoints kept; older ones are deleted only after a newer one is complete."""
 
 
+def _reward_options(reward: str | None, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """Options with their names and types checked and their paths expanded, still as YAML holds them."""
+    if reward is None or not options:
+        return options
+    from posttrain.rewards.registry import checked_options
+
+    found = checked_options(reward, options, (info.context or {}).get("base"))
+    return {key: str(value) if isinstance(value, Path) else value for key, value in found.items()}
+
+
 class RewardUse(Strict):
     """One reward of a weighted sum."""
 
@@ -212,6 +223,13 @@ class RewardUse(Strict):
     """Factor in the sum of rewards."""
     columns: dict[str, str] = {}
     """The reward's column -> the rows' column, e.g. `{answer: solution}`."""
+    options: dict[str, Any] = {}
+    """Settings of the reward, its keyword-only parameters, e.g. `{timeout_s: 2.0}` for `math_exact`."""
+
+    @field_validator("options")
+    @classmethod
+    def _known_options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return _reward_options(info.data.get("use"), value, info)
 
 
 Metric = Literal["loss", "perplexity", "accuracy", "pass@k"]
@@ -230,8 +248,15 @@ class Measurement(Strict):
     """Sampling temperature."""
     reward: str = "exact"
     """Reward that verifies a completion (1.0 = right)."""
+    reward_options: dict[str, Any] = {}
+    """Its options; see `rewards[].options`."""
     max_length: Positive = 1024
     """Tokens of a row used for the loss."""
+
+    @field_validator("reward_options")
+    @classmethod
+    def _known_options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return _reward_options(info.data.get("reward"), value, info)
 
 
 class EvalSet(Measurement):

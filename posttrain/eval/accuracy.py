@@ -17,10 +17,12 @@ from posttrain.rollout.base import Completion, Request, RolloutEngine, Sampling,
 RIGHT = 1.0
 
 
-def verdicts(reward: str, completions: Sequence[Completion], rows: Sequence[dict[str, Any]]) -> list[bool | None]:
+def verdicts(
+    reward: str, completions: Sequence[Completion], rows: Sequence[dict[str, Any]], options: dict[str, Any] | None = None
+) -> list[bool | None]:
     """Whether each completion is right; `rows[i]` is the row behind completion i."""
     columns = {name: [row.get(name) for row in rows] for name in {key for row in rows for key in row}}
-    values = get_reward(reward)([completion.text for completion in completions], **columns)
+    values = get_reward(reward, options)([completion.text for completion in completions], **columns)
     return [None if value is None else value >= RIGHT for value in values]
 
 
@@ -31,6 +33,7 @@ def accuracy_values(
     *,
     metrics: Sequence[str],
     reward: str = "exact",
+    reward_options: dict[str, Any] | None = None,
     samples: int = 1,
     max_tokens: int = 64,
     temperature: float = 1.0,
@@ -44,7 +47,7 @@ def accuracy_values(
         prompts: rendered prompts, one a row.
         rows: the rows; their columns go to the reward.
         metrics: out of `accuracy` (gives `accuracy`, greedy, and `accuracy_sampled`) and `pass@k`.
-        reward: its name.
+        reward, reward_options: its name, and its options.
         samples: sampled completions a row.
         max_tokens, temperature: of the samples.
         seed, name: key the noise.
@@ -59,7 +62,7 @@ def accuracy_values(
     for i, prompt in enumerate(prompts):
         ids = [request_seed(seed, name, rows[i]["id"], k) for k in range(samples)]
         wanted += [(i, Request(prompt, own, sampled, str(rows[i]["id"]))) for own in ids]
-    found = verdicts(reward, engine.generate([request for _, request in wanted]), [rows[i] for i, _ in wanted])
+    found = verdicts(reward, engine.generate([request for _, request in wanted]), [rows[i] for i, _ in wanted], reward_options)
     values: dict[str, Value] = {}
     if greedy:
         values["accuracy"] = rate([float(right) for right in found[:first] if right is not None])

@@ -163,6 +163,7 @@ def _accuracies(model: Any, tokenizer: Any, item: EvalSetData, seed: int, events
         [item.rows[i] for i in fits],
         metrics=spec.metrics,
         reward=spec.reward,
+        reward_options=spec.reward_options,
         samples=spec.samples,
         max_tokens=spec.max_tokens,
         temperature=spec.temperature,

@@ -6,8 +6,10 @@ To add one, write a file here (or in a plugin package) with a function under `@r
 from posttrain.rewards.registry import (
     Reward,
     Scores,
+    checked_options,
     completion_text,
     count_failure,
+    failed_rows,
     failures,
     find_reward,
     get_reward,
@@ -19,8 +21,10 @@ from posttrain.rewards.registry import (
 __all__ = [
     "Reward",
     "Scores",
+    "checked_options",
     "completion_text",
     "count_failure",
+    "failed_rows",
     "failures",
     "find_reward",
     "get_reward",

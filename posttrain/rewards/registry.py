@@ -2,8 +2,9 @@
 
 A reward is a function with TRL's signature, `f(completions, **columns) -> list[float | None]`, declared by `@reward(name)`
 in one file of `posttrain/rewards`, of an installed `posttrain.methods` package, or of a `--plugin` package. TRL accepts it
-unmodified. None means *not applicable, or could not be judged*; a failure is never 0.0, since a 0.0 teaches the model that
-its answer was wrong. Failures are counted by reward and reason (`failures()`).
+unmodified. Its keyword-only parameters are its *options*, set by `options` in YAML. None means *not applicable, or could
+not be judged*; a failure is never 0.0, since a 0.0 teaches the model that its answer was wrong. Failures are counted by
+reward and reason (`failures()`).
 
 Mixture: for row i with weights w_k and values r_ik the total is sum of w_k * r_ik over the rewards whose value is not None;
 it is None where all of them are.
@@ -18,10 +19,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from posttrain.core.registry import GROUP, look_up, plugins, scan_package
 from posttrain.errors import ConfigError, NumericsError, PosttrainError, RewardError
+from posttrain.rewards._options import check_options, declared_options, typed_options
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -36,6 +39,7 @@ class Reward:
         columns: dataset columns it cannot do without.
         doc: its docstring.
         module: where it is declared.
+        options: option -> default, `inspect.Parameter.empty` where it must be given.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Reward:
     columns: tuple[str, ...]
     doc: str
     module: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ def reward(name: str, *, columns: Sequence[str] = ()) -> Callable[[RewardFunctio
         known = _REWARDS.get(name)
         if known and known.module != function.__module__:
             raise ConfigError(f"reward `{name}` is declared twice, in {known.module} and {function.__module__}", fix="rename one of them")
-        _REWARDS[name] = Reward(name, function, tuple(columns), (function.__doc__ or "").strip(), function.__module__)
+        options = declared_options(function, columns)
+        _REWARDS[name] = Reward(name, function, tuple(columns), (function.__doc__ or "").strip(), function.__module__, options)
         return function
 
     return register
@@ -96,6 +102,22 @@ def find_reward(name: str) -> Reward:
     return look_up(name, known_rewards(), "reward")
 
 
+def checked_options(name: str, options: Mapping[str, Any], base: Path | None = None) -> dict[str, Any]:
+    """`options` of a reward as it takes them: names and types checked, paths expanded.
+
+    Args:
+        name: the reward.
+        options: as written in YAML.
+        base: folder that relative paths are relative to; None is the current one.
+
+    Raises:
+        ConfigError: no such reward or option (with the nearest name), a missing option, a wrong type.
+    """
+    declared = find_reward(name)
+    check_options(name, declared.options, options)
+    return typed_options(name, declared.function, options, base)
+
+
 def count_failure(name: str, reason: str, rows: int = 1) -> None:
     """Counts rows that reward `name` could not judge; safe from any thread."""
     with _LOCK:
@@ -109,6 +131,11 @@ def failures(*, reset: bool = False) -> dict[str, int]:
         if reset:
             _FAILURES.clear()
     return found
+
+
+def failed_rows(name: str) -> int:
+    """Rows that reward `name` could not judge, since the start of the process or the last reset."""
+    return sum(rows for key, rows in failures().items() if key.rpartition(".")[0] == name)
 
 
 def completion_text(completion: Any) -> str:
@@ -176,13 +203,17 @@ def _call(function: RewardFunction, name: str, completions: Sequence[Any], colum
     return _check_values(name, values, len(completions))
 
 
-def get_reward(name: str) -> RewardFunction:
-    """The reward as a checked function with TRL's signature; its `__name__` is `name`.
+def get_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFunction:
+    """The reward, with `options` set, as a checked function with TRL's signature; its `__name__` is `name`.
 
     A row on which it raises becomes None and is counted; if every row raises, or the number of values is wrong, that is a
-    RewardError; a NaN or an infinite value is a NumericsError.
+    RewardError; a NaN or an infinite value is a NumericsError. A column that is named like an option does not reach the reward.
+
+    Raises:
+        ConfigError: no such reward, or options that it does not take.
     """
-    declared = find_reward(name)
+    declared, settings = find_reward(name), checked_options(name, options or {})
+    function = functools.partial(declared.function, **settings) if settings else declared.function
 
     @functools.wraps(declared.function)
     def checked(completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -192,7 +223,7 @@ def get_reward(name: str) -> RewardFunction:
                 f"reward `{name}` needs the column `{missing[0]}`; the rows have: {', '.join(sorted(columns)) or 'none'}",
                 fix=f"map it with `columns: {{{missing[0]}: THEIR_NAME}}` in the source",
             )
-        return _call(declared.function, name, completions, columns)
+        return _call(function, name, completions, {key: value for key, value in columns.items() if key not in declared.options})
 
     checked.__name__ = name
     return checked
@@ -203,6 +234,7 @@ def score(
     completions: Sequence[Any],
     columns: Mapping[str, Any] | None = None,
     rename: Mapping[str, Mapping[str, str]] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Scores:
     """Scores completions by a weighted mixture.
 
@@ -211,6 +243,7 @@ def score(
         completions: texts, or lists of messages.
         columns: dataset columns, one value a completion.
         rename: reward -> {its column: the dataset's column}.
+        options: reward -> its options.
 
     Returns:
         Scores; see the module's formula.
@@ -220,7 +253,7 @@ def score(
     parts = {}
     for name in weights:
         own = {ours: given.get(theirs) for ours, theirs in (rename or {}).get(name, {}).items()}
-        parts[name] = get_reward(name)(completions, **{**given, **own})
+        parts[name] = get_reward(name, (options or {}).get(name))(completions, **{**given, **own})
     total: list[float | None] = []
     for row in range(len(completions)):
         present = [weights[name] * value for name, values in parts.items() if (value := values[row]) is not None]

@@ -119,7 +119,8 @@ def _complete(engine: Any, block: Sequence[Any], cfg: Config, ctx: Any) -> Itera
     found = engine.generate(requests)
     columns = {name: [row.get(name) for row, _ in owners] for name in {key for row, _ in owners for key in row}}
     weights, rename = {item.use: item.weight for item in cfg.rewards}, {item.use: item.columns for item in cfg.rewards}
-    scores = score(weights, [item.text for item in found], columns, rename) if weights else None
+    options = {item.use: item.options for item in cfg.rewards}
+    scores = score(weights, [item.text for item in found], columns, rename, options) if weights else None
     for i, ((row, k), item) in enumerate(zip(owners, found, strict=True)):
         yield {
             "id": row["id"],

@@ -22,7 +22,7 @@ from posttrain.data.rows import place_of, prompt_messages
 from posttrain.errors import ConfigError, DataError, RewardError
 from posttrain.models.load import LoadedModel
 from posttrain.models.save import save_model
-from posttrain.rewards import failures, find_reward, get_reward
+from posttrain.rewards import failed_rows, failures, find_reward, get_reward
 from posttrain.rollout.hf import HFEngine
 from posttrain.trainers._grpo import PASS, PROMPT_IDS, ROW_ID, GRPOTrainer
 from posttrain.trainers._train import (
@@ -61,7 +61,7 @@ def reward_functions(uses: Sequence[RewardUse], rows: Sequence[Row]) -> list[Cal
 
 def _reward_function(use: RewardUse, rows: Sequence[Row]) -> Callable[..., list[float | None]]:
     _check_columns(use, rows)
-    checked, judged = get_reward(use.use), 0
+    checked, judged = get_reward(use.use, use.options), 0
     names = sorted({key for row in rows for key in row} - {"prompt", "id"})
 
     def scored(completions: list[Any], prompts: list[Any], **extra: Any) -> list[float | None]:
@@ -69,8 +69,11 @@ def _reward_function(use: RewardUse, rows: Sequence[Row]) -> Callable[..., list[
         chosen = [rows[i] for i in extra[INDEX]]
         columns = {name: [row.get(name) for row in chosen] for name in names}
         renamed = {name: [row.get(theirs) for row in chosen] for name, theirs in use.columns.items()}
+        before = failed_rows(use.use)
         values = checked(completions, **{**columns, **renamed, "prompts": prompts, "completion_ids": extra["completion_ids"]})
         judged += len(values)
+        if "log_metric" in extra:
+            extra["log_metric"](f"reward/{use.use}/failed", float(failed_rows(use.use) - before))
         _stop_on_failures(use.use, judged)
         return values
 
@@ -93,7 +96,7 @@ def _check_columns(use: RewardUse, rows: Sequence[Row]) -> None:
 
 def _stop_on_failures(name: str, judged: int) -> None:
     """Ends a run whose reward mostly cannot judge: what it leaves out is not a random sample."""
-    failed = sum(count for key, count in failures().items() if key.startswith(f"{name}."))
+    failed = failed_rows(name)
     if judged >= FAILURE_ROWS and failed > FAILURE_SHARE * judged:
         raise RewardError(
             f"reward `{name}` failed on {failed} of {judged} completions, more than {FAILURE_SHARE:.0%}: {failures()}",

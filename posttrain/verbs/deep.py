@@ -128,8 +128,8 @@ def _check_source(name: str, ref: InputRef, found: Findings) -> None:
 def _check_config(stage: WiredStage, found: Findings) -> None:
     """Rewards and the `trl:` block of one stage."""
     for place, item in enumerate(getattr(stage.config, "rewards", [])):
-        path, columns = f"stages.{stage.config.name}.rewards.{place}", dict(getattr(item, "columns", {}))
-        found.trying(path, partial(check_reward, item.use, columns, _first_rows(stage.inputs, found), path))
+        path, rows = f"stages.{stage.config.name}.rewards.{place}", _first_rows(stage.inputs, found)
+        found.trying(path, partial(check_reward, item.use, item.columns, rows, path, item.options))
     if isinstance(stage.config, TrainConfig) and stage.config.trl:
         from posttrain.trainers._fields import check_block
 
@@ -140,7 +140,7 @@ def _check_eval_rewards(pipeline: Pipeline, found: Findings) -> None:
     for name, item in pipeline.eval.sets.items():
         if {"accuracy", "pass@k"} & set(item.metrics):
             rows, path = found.rows.get(item.from_.split(":")[0], []), f"eval.sets.{name}.reward"
-            found.trying(path, partial(check_reward, item.reward, {}, rows, path))
+            found.trying(path, partial(check_reward, item.reward, {}, rows, path, item.reward_options))
 
 
 def _check_stages(pipeline: Pipeline, stages: list[PlannedStage], found: Findings) -> None:
@@ -171,7 +171,7 @@ def _first_rows(inputs: dict[str, list[InputRef]], found: Findings) -> list[Row]
     return [row for ref in inputs.get("data", []) for row in found.rows.get(ref.name, [])]
 
 
-def check_reward(name: str, columns: dict[str, str], rows: list[Row], path: str) -> None:
+def check_reward(name: str, columns: dict[str, str], rows: list[Row], path: str, options: dict[str, Any] | None = None) -> None:
     """The reward exists, its columns are there in the rows, and it gives a value for one made-up completion.
 
     Args:
@@ -179,9 +179,10 @@ def check_reward(name: str, columns: dict[str, str], rows: list[Row], path: str)
         columns: the reward's column -> the rows' column.
         rows: rows to look at; with none only the name is checked.
         path: dotted path for messages.
+        options: of the reward.
 
     Raises:
-        ConfigError: no such reward.
+        ConfigError: no such reward, or an option that it does not take.
         DataError: a missing column; names those there.
         PosttrainError: whatever the reward raises.
     """
@@ -196,4 +197,4 @@ def check_reward(name: str, columns: dict[str, str], rows: list[Row], path: str)
             raise DataError(f"reward `{name}` needs the column `{missing}`; columns there: {there or 'none'}", where=path, fix=fix)
     if rows:
         own = {key: [value] for key, value in rows[0].items()} | {column: [rows[0].get(theirs)] for column, theirs in columns.items()}
-        get_reward(name)(["I do not know."], **{k: v for k, v in own.items() if k not in ("completions", "prompts")})
+        get_reward(name, options)(["I do not know."], **{k: v for k, v in own.items() if k not in ("completions", "prompts")})

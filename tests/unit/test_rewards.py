@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Literal
 
 import pytest
+from pydantic import ValidationError
 
+from posttrain.config.common import EvalSet, RewardUse
 from posttrain.errors import ConfigError, NumericsError, RewardError
 from posttrain.rewards import failures, find_reward, get_reward, known_rewards, registry, score
 
@@ -100,6 +105,45 @@ def test_mixture_skips_none_and_is_none_only_where_all_are(temporary):
     total = score({"a": 1.0, "b": 0.1}, list("wxyz")).total
     assert total[:3] == pytest.approx([1.2, 0.3, 0.5])
     assert total[3] is None
+
+
+def with_options(
+    completions, gold, *, steps: int, power: float = 1.0, folder: Path | None = None, mode: Literal["a", "b"] = "a", **columns
+):
+    """Keyword-only parameters of all kinds."""
+    return [steps * power + (folder is not None) + (mode == "b")] * len(completions)
+
+
+def test_options_are_the_keyword_only_parameters(temporary, tmp_path):
+    temporary("tuned", with_options, columns=("gold",))
+    assert list(find_reward("tuned").options) == ["steps", "power", "folder", "mode"]
+    options = {"steps": 2, "power": 3, "folder": str(tmp_path), "mode": "b"}
+    assert get_reward("tuned", options)(["a"], gold=["g"], power=["a column of that name"]) == [8.0]
+    assert score("tuned", ["a"], {"gold": ["g"]}, options={"tuned": {"steps": 5}}).total == [5.0]
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"steps": 1, "powr": 2.0}, "no option `powr`.*fix: did you mean `power`"),
+    ({"power": 2.0}, "needs the option `steps`"),
+    ({"steps": "3"}, "option `steps` of reward `tuned`: got '3'.*valid integer"),
+    ({"steps": 1, "mode": "c"}, "option `mode`.*'a' or 'b'"),
+    ({"steps": 1, "folder": "${NOT_SET_ANYWHERE}"}, "option `folder`.*not set"),
+    ({"steps": 1, "completions": []}, "no option `completions`"),
+])  # fmt: skip
+def test_wrong_options_are_config_errors(temporary, options, says):
+    temporary("tuned", with_options, columns=("gold",))
+    with pytest.raises(ConfigError, match=re.compile(says, re.DOTALL)):
+        get_reward("tuned", options)
+
+
+def test_options_are_checked_where_a_config_is_read(temporary, tmp_path):
+    temporary("tuned", with_options, columns=("gold",))
+    use = RewardUse.model_validate({"use": "tuned", "options": {"steps": 1, "folder": "here"}}, context={"base": tmp_path})
+    assert use.dump()["options"] == {"steps": 1, "folder": str(tmp_path / "here")}
+    with pytest.raises(ValidationError, match="did you mean `timeout_s`"):
+        RewardUse(use="math_exact", options={"timeout": 2.0})
+    with pytest.raises(ValidationError, match="it takes no options"):
+        EvalSet.model_validate({"from": "tasks:test", "reward": "exact", "reward_options": {"strip": True}})
 
 
 def test_no_completions_no_values():
