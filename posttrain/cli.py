@@ -31,7 +31,7 @@ VERBS = {
     "validate": Verb("pipeline", "name every error in a pipeline file", "posttrain validate configs/pipelines/quickstart.yaml --deep"),
     "select": Verb(
         "single",
-        "select data: METHOD and ports",
+        "select data: METHOD and ports; or `compare` methods by held-out loss",
         "posttrain select dsir raw='shards/*.jsonl.zst' target=target.jsonl rows=50000 out=picked",
     ),
     "train": Verb(
@@ -94,7 +94,8 @@ def _single(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb == "train":
         parser.add_argument("file", help="YAML with one stage")
     elif verb in ("select", "quantize"):
-        parser.add_argument("name", metavar="METHOD", help=f"e.g. {'dsir' if verb == 'select' else 'rtn'}")
+        known = "e.g. dsir; or `compare`: train a small model on each pick" if verb == "select" else "e.g. rtn"
+        parser.add_argument("name", metavar="METHOD", help=known)
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="ports (model=, data=, raw=, target=), out=, and fields of the method"
     )
@@ -165,7 +166,8 @@ def main(argv: list[str] | None = None) -> int:
         from posttrain.core.registry import use_plugins
 
         use_plugins(args.plugin)
-        module = importlib.import_module(f"posttrain.verbs.{VERBS[args.verb].module}")
+        compared = args.verb == "select" and args.name == "compare"
+        module = importlib.import_module(f"posttrain.verbs.{'compare' if compared else VERBS[args.verb].module}")
         code = int(getattr(module, args.verb)(args) or 0)
         sys.stdout.flush()
         return code

@@ -30,10 +30,19 @@ def _words(parser: argparse.ArgumentParser) -> list[str]:
     return [*choices, *flags]
 
 
+def _families() -> dict[str, list[str]]:
+    """Verb -> the METHODs it takes: the registered ones of its family, without the family's name."""
+    from posttrain.core.registry import methods
+
+    found = {verb: [name.removeprefix(f"{verb}.") for name in methods() if name.startswith(f"{verb}.")] for verb in ("select", "quantize")}
+    return {**found, "select": ["compare", *found["select"]]}
+
+
 def bash_script() -> str:
     """The script for every verb with its flags and choices."""
     from posttrain.cli import VERBS, build_parser
 
     subs = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    cases = [f'    {verb}) words="{" ".join(_words(subs.choices[verb]))}" ;;' for verb in VERBS]
+    families = _families()
+    cases = [f'    {verb}) words="{" ".join([*families.get(verb, []), *_words(subs.choices[verb])])}" ;;' for verb in VERBS]
     return _SCRIPT.format(verbs=" ".join(VERBS), cases="\n".join(cases))

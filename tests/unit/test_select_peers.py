@@ -300,6 +300,14 @@ def test_embed_does_not_depend_on_shards(tmp_path):
     assert one == four
 
 
+@pytest.mark.parametrize("name", ["random", "length", "classifier", "embed", "combine"])
+def test_configs_read_back_what_a_stage_is_given(name):
+    from posttrain.core.registry import method
+
+    cfg = config(method(f"select.{name}").config)
+    assert type(cfg).model_validate(cfg.dump()) == cfg
+
+
 def test_embed_refuses_what_means_nothing():
     with pytest.raises(ValueError, match="goes round single target rows"):
         config(embed.EmbedConfig, targets="separate")
