@@ -31,7 +31,7 @@ FIELDS = {
 
 
 class FeaturesConfig(Strict):
-    """Vectors of rows. Fields of another `from` than the one given are refused."""
+    """Vectors of rows. Fields of another `from` than the one given must keep their defaults."""
 
     from_: Literal["gradients", "hidden", "embedder", "column"] = Field(default="gradients", alias="from")
     """`gradients`: projected gradients of a causal model's loss, port `model` (one or several checkpoints); `hidden`: its pooled hidden
@@ -73,8 +73,9 @@ class FeaturesConfig(Strict):
 
     @model_validator(mode="after")
     def _fields_of_the_kind(self) -> FeaturesConfig:
-        used = ("from_", *FIELDS[self.from_])
-        stray = sorted(self.model_fields_set - set(used))
+        fields = type(self).model_fields
+        others = self.model_fields_set - {"from_", *FIELDS[self.from_]}
+        stray = sorted(name for name in others if getattr(self, name) != fields[name].default)
         if stray:
             raise ValueError(f"`{stray[0]}` means nothing with `from: {self.from_}`; its fields: {', '.join(FIELDS[self.from_])}")
         if self.from_ == "column" and not self.column:

@@ -121,7 +121,9 @@ class Rules:
         gathered = Gathered(self._rows.sweep, lists)
         space = Space(self.targets, lambda ids: self._white(gathered(ids)), "repo" if cfg.as_published else "")
         if cfg.rule == "otm":
-            return otm(lists, space, folds=cfg.folds, seed=cfg.folds_seed, patience=cfg.patience, whole=whole)
+            found = otm(lists, space, folds=cfg.folds, seed=cfg.folds_seed, patience=cfg.patience, whole=whole)
+            layers = [len(costs) for costs in found.facts["fold_costs"]]
+            return Picked(found.ids, found.weight, {"fold_rows": found.facts["fold_rows"], "fold_layers": layers})
         if cfg.budget.unit not in ("rows", "share") or cfg.quotas is not None:
             fix = "give `rows` or `share` without quotas, or drop `as_published`"
             raise ConfigError("the published rule knows a number of rows only", where="budget", fix=fix)

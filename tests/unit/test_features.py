@@ -69,6 +69,12 @@ def test_fields_of_another_kind_are_refused(fields, message):
         config(**fields)
 
 
+@pytest.mark.parametrize("kind", FIELDS)
+def test_a_config_reads_its_own_dump(kind):
+    cfg = config(**{"from": kind, **({"column": "v"} if kind == "column" else {})})
+    assert FeaturesConfig.model_validate(cfg.dump()) == cfg
+
+
 def test_the_key_holds_what_the_vectors_depend_on_and_no_more():
     assert feature_key(config(**{"from": "embedder"})) == {"from": "embedder", "max_length": 1024, "batch": 1}
     assert feature_key(config()) != feature_key(config(dim=64))

@@ -261,7 +261,7 @@ def test_otm_finds_the_rows_of_the_targets_clusters():
     raw = np.concatenate([centres[i] + rng.normal(0, 0.3, (25, 6)) for i in range(4)]).astype(np.float32)
     order, found = ranked(raw, target, config(rule="otm", budget={"auto": True}, folds=4, whiten=False))
     assert set(order) <= set(range(50)) and {i // 25 for i in order} == {0, 1} and 8 <= len(order) < 50
-    assert found.facts["ranked_rows"] == len(order) and len(found.facts["fold_rows"]) == 4
+    assert found.facts["ranked_rows"] == len(order) and len(found.facts["fold_rows"]) == len(found.facts["fold_layers"]) == 4
 
 
 @pytest.mark.parametrize("rule", ["fixed", "otm"])
