@@ -331,22 +331,26 @@ def _spell(
 @inlined
 def _look_up(table: np.ndarray, key: Any) -> Any:
     """The key's bucket, or -1."""
-    base = np.int64(key & np.uint64(len(table) - 1)) & -_WAYS
+    home = np.int64(key & np.uint64(len(table) - 1))
     check = (key | _TOP) & _CHECK
-    for place in range(base, base + _WAYS):
-        if table[place] & _CHECK == check:
-            return np.int64(table[place] & _BUCKET)
+    for way in range(_WAYS):
+        entry = table[home ^ way]
+        if entry & _CHECK == check:
+            return np.int64(entry & _BUCKET)
     return -1
 
 
 @jit
 def _insert(table: np.ndarray, key: Any, bucket: Any) -> None:
-    """The newest of its set; the oldest leaves."""
+    """Into the first empty place of its set, counted from its own; into its own if there is none."""
     if _look_up(table, key) < 0:
-        base = np.int64(key & np.uint64(len(table) - 1)) & -_WAYS
-        for place in range(base + _WAYS - 1, base, -1):
-            table[place] = table[place - 1]
-        table[base] = (key | _TOP) & _CHECK | np.uint64(bucket)
+        home = np.int64(key & np.uint64(len(table) - 1))
+        place = home
+        for way in range(_WAYS):
+            if table[home ^ way] == 0:
+                place = home ^ way
+                break
+        table[place] = (key | _TOP) & _CHECK | np.uint64(bucket)
 
 
 @jit
