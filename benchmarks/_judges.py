@@ -75,19 +75,13 @@ class Judge:
         """Nats per held-out word of a trigram model trained on the pick."""
         return Trigrams(self.vocabulary.encode(texts), self.vocabulary.size).loss(self.encoded)
 
-    def __call__(self, ranked: Sequence[Row], picked: Sequence[Row]) -> dict[str, Any]:
-        """All measures.
-
-        Args:
-            ranked: the first rows of the selector's order, for precision.
-            picked: the rows within the budget of tokens, for everything else.
-        """
+    def __call__(self, picked: Sequence[Row]) -> dict[str, Any]:
+        """All measures of the rows that were picked within the budget of tokens."""
         texts = [row["text"] for row in picked]
         words = [len(WORD.findall(text)) for text in texts]
         relevant = sum(count for count, row in zip(words, picked, strict=True) if row["label"] == RELEVANT)
         loss = self.trigram_loss(texts)
         return {
-            **{f"p{k}": precision(ranked, k) for k in (500, 1000, 2000)},
             "rows": len(texts), "tokens": sum(words), "median_words": statistics.median(words), "relevant_tokens": relevant / sum(words),
             "labels": dict(sorted(Counter(row["label"] for row in picked).items())),
             "kl_reduction": self.kl_reduction(texts), "transport": self.transport(texts), "loss": loss, "perplexity": math.exp(loss),

@@ -1,6 +1,6 @@
 """Which selector picks the better training data? Every one at the same budget of tokens, on a labelled corpus, for several seeds.
 
-    python benchmarks/select_quality.py                      # five seeds, trigram judge
+    python benchmarks/select_quality.py                      # five seeds, trigram judge; about two hours on one core
     python benchmarks/select_quality.py --lm transformer     # the same picks, judged by a small Qwen2 as well
     python benchmarks/select_quality.py --quick              # one small corpus
 
@@ -33,14 +33,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import _corpus
-from _corpus import SALAD, WORD, Corpus, Row
+import _vectors
+import numpy as np
+import pyarrow as pa
+from _corpus import SALAD, Corpus
 from _harness import Cells, arguments, finish
-from _judges import Judge, interval, paired
+from _judges import Judge, interval, paired, precision
+from _lm import Transformer
 
 VARIANTS = ("plain", "salad", "guarded")
-FIGURES = ("p500", "p1000", "p2000", "relevant_tokens", "median_words", "kl_reduction", "transport", "loss", "perplexity")
-RANKED = 2000
-"""Rows of the order that are kept for precision."""
+RANKS = (500, 1000, 2000)
+"""Rows of the order among which precision is measured."""
 
 
 @dataclass(frozen=True)
@@ -51,34 +54,69 @@ class Arm:
         method: name in the registry.
         options: fields of its config.
         seed: added to the benchmark's seed.
-        needs: `model`: the options `model` is a small language model trained on raw rows.
+        vectors: kind of the vectors that the rows carry (`_vectors.py`), for methods that compare vectors.
+        parts: arms whose scores are combined.
+        ranks: its order is not in the score tables; always so for methods that compare vectors.
+        slow: left out by `--quick`.
+        plain: measured on the variant `plain` only.
     """
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    needs: str = ""
+    vectors: str = ""
+    parts: tuple[str, ...] = ()
+    ranks: bool = False
+    slow: bool = False
+    plain: bool = False
 
 
+COLUMN = {"features": {"from": "column", "column": "vector"}}
 ARMS: dict[str, Arm] = {
     "random": Arm("select.random"),
     "random again": Arm("select.random", seed=1000),
     "length": Arm("select.length"),
     "dsir": Arm("select.dsir"),
+    "dsir pseudo 0.1": Arm("select.dsir", {"target_pseudo": 0.1}, plain=True),
+    "dsir mean": Arm("select.dsir", {"length": "mean", "sample": "topk"}),
     "dsir 1.0.3": Arm("select.dsir", {"preset": "dsir-1.0.3"}),
+    "dsir paper": Arm("select.dsir", {"preset": "dsir-paper"}, plain=True),
+    "zipfit": Arm("select.zipfit"),
+    "zipfit 40 targets": Arm("select.zipfit", {"max_targets": 40}, plain=True),
+    "zipfit paper 40 targets": Arm("select.zipfit", {"preset": "zipfit-paper", "max_targets": 40}, slow=True),
+    "zipfit 1.0.9 40 targets": Arm("select.zipfit", {"preset": "zipfit-1.0.9", "max_targets": 40}, plain=True),
+    "zipfit head 40 targets": Arm("select.zipfit", {"preset": "zipfit-head", "max_targets": 40}, plain=True),
+    "zipfit 20 length bins": Arm("select.zipfit", {"length_bins": 20}, ranks=True, plain=True),
+    "zipfit dictionary": Arm("select.zipfit", {"measure": "dictionary", "codec": "zstd"}, plain=True),
+    "zipfit dictionary 40 targets": Arm("select.zipfit", {"measure": "dictionary", "codec": "zstd", "max_targets": 40}),
+    "classifier": Arm("select.classifier"),
+    "combine dsir zipfit": Arm("select.combine", parts=("dsir", "zipfit")),
+    "combine dsir zipfit classifier": Arm("select.combine", parts=("dsir", "zipfit", "classifier"), plain=True),
+    "embed svd": Arm("select.embed", COLUMN, vectors="svd"),
+    "embed svd mean": Arm("select.embed", {**COLUMN, "rule": "mean"}, vectors="svd"),
+    "tarot svd": Arm("select.tarot", COLUMN, vectors="svd"),
+    "tarot gradients": Arm("select.tarot", COLUMN, vectors="gradients", slow=True),
+    "tarot gradients otm": Arm("select.tarot", {**COLUMN, "rule": "otm"}, vectors="gradients", slow=True, plain=True),
+    "tarot gradients mean": Arm("select.tarot", {**COLUMN, "rule": "mean"}, vectors="gradients", slow=True, plain=True),
+    "embed minilm": Arm("select.embed", COLUMN, vectors="minilm", slow=True, plain=True),
+    "embed minilm mean": Arm("select.embed", {**COLUMN, "rule": "mean"}, vectors="minilm", slow=True, plain=True),
+    "tarot minilm": Arm("select.tarot", COLUMN, vectors="minilm", slow=True, plain=True),
 }
+CONTROLS = ("random", "random again", "length")
 
 
 class Bench:
     """Corpora, judges and picks of a run; everything is made once and kept in the work folder."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.work, self.factor = Path(args.work), 0.15 if args.quick else 1.0
-        self.budget = int(args.tokens * self.factor)
-        self.args = args
+        self.factor = 0.1 if args.quick else 1.0
+        self.work, self.budget = Path(args.work) / f"{self.factor:g}", int(args.tokens * self.factor)
+        if args.fresh:
+            shutil.rmtree(self.work / "picks", ignore_errors=True)
         self.corpus = functools.lru_cache(1)(self._corpus)
         self.judge = functools.lru_cache(1)(self._judge)
-        self.files = functools.lru_cache(2)(self._files)
+        self.transformer = functools.lru_cache(1)(self._transformer)
+        self.files = functools.lru_cache(8)(self._files)
 
     def _corpus(self, seed: int) -> Corpus:
         return _corpus.build(seed, _corpus.scaled(self.factor), cache=self.work / "corpora")
@@ -86,34 +124,59 @@ class Bench:
     def _judge(self, seed: int) -> Judge:
         return Judge(self.corpus(seed).without(SALAD))
 
-    def _files(self, seed: int, salad: bool) -> dict[str, list[Path]]:
-        corpus = self.corpus(seed)
-        return _corpus.write(self.work / f"shards-{seed}-{self.factor}-{salad}", corpus if salad else corpus.without(SALAD))
+    def _transformer(self, seed: int) -> Transformer:
+        return Transformer([row["text"] for row in self.corpus(seed).raw if row["label"] != SALAD])
 
-    def cell(self, variant: str, arm: str, seed: int) -> dict[str, Any]:
-        """All measures of one pick, and the CPU seconds it took."""
-        ranked, picked, seconds = self.pick(variant, arm, seed)
-        return {**self.judge(seed)(ranked, picked), "seconds": seconds}
+    def _files(self, seed: int, salad: bool, vectors: str) -> dict[str, list[Path]]:
+        corpus = self.corpus(seed) if salad else self.corpus(seed).without(SALAD)
+        folder = self.work / "shards" / f"{seed}-{salad}-{vectors}"
+        if vectors:
+            return _vectors.write(folder, corpus, vectors, _vectors.vectors(vectors, self.corpus(seed), self.work / "vectors"))
+        return _corpus.write(folder, corpus)
 
-    def pick(self, variant: str, name: str, seed: int) -> tuple[list[Row], list[Row], float]:
-        """(first rows of the order, rows within the budget of tokens, CPU seconds), through the Python door."""
+    def cell(self, variant: str, name: str, seed: int) -> dict[str, Any]:
+        """All measures of one pick but the transformer's, and the CPU seconds it took."""
+        folder, seconds = self.pick(variant, name, seed)
+        by_picks = ARMS[name].ranks or ARMS[name].vectors
+        first = [self.pick(variant, name, seed, rows)[0] for rows in RANKS] if by_picks else []
+        picked = list(read_rows(folder))
+        found = self.judge(seed)(picked)
+        if first:
+            return {**found, **{f"p{k}": precision(list(read_rows(f)), k) for k, f in zip(RANKS, first, strict=True)}, "seconds": seconds}
+        order, words = ranking(ARMS[name], folder, self._options(variant, name, seed))
+        rows = {row["id"]: row for row in self.corpus(seed).raw}
+        fits = int(np.searchsorted(np.cumsum(words), self.budget, side="right"))
+        if set(order[:fits]) != {row["id"] for row in picked}:
+            raise AssertionError(f"{name}: the picked rows are not the first ones of its order")
+        ranked = [rows[row_id.partition("#")[0]] for row_id in order[: max(RANKS)]]
+        return {**found, **{f"p{k}": precision(ranked, k) for k in RANKS}, "seconds": seconds}
+
+    def transformer_cell(self, variant: str, name: str, seed: int) -> dict[str, Any]:
+        """Held-out loss of the transformer that was trained on the pick, in nats per word."""
+        texts = [row["text"] for row in read_rows(self.pick(variant, name, seed)[0])]
+        return {"loss": self.transformer(seed).loss(texts, [row["text"] for row in self.corpus(seed).heldout], seed)}
+
+    def _options(self, variant: str, name: str, seed: int) -> dict[str, Any]:
+        return {**ARMS[name].options, "guard": {"salad": variant == "guarded"}, "seed": seed + ARMS[name].seed}
+
+    def pick(self, variant: str, name: str, seed: int, rows: int | None = None) -> tuple[Path, float]:
+        """(folder that the selector wrote through its Python door, CPU seconds); of so many rows, or of the budget of tokens."""
         from data_pipelines.door import select_files
 
-        arm, rows = ARMS[name], {row["id"]: row for row in self.corpus(seed).raw}
-        files = self.files(seed, variant != "plain")
-        out = self.work / "pick"
-        for left in (out, out.with_name("pick.work")):
-            shutil.rmtree(left, ignore_errors=True)
-        options = {**arm.options, "guard": {"salad": variant == "guarded"}, "tokens": self.budget, "seed": seed + arm.seed}
-        start = time.process_time()
-        select_files(arm.method, files["raw"], files["target"], out, **options)
-        seconds = time.process_time() - start
-        order = [rows[row_id] for row_id in ranking(arm.method, out, options)]
-        picked = [rows[row["id"]] for row in read_rows(out)]
-        same = {row["id"] for row in prefix(order, self.budget)} == {row["id"] for row in picked}
-        if not same:
-            raise AssertionError(f"{name}: the picked rows are not the first ones of the order")
-        return order[:RANKED], picked, round(seconds, 2)
+        arm, out = ARMS[name], self.work / "picks" / str(seed) / variant / (f"{name}.{rows}" if rows else name)
+        taken = out.with_name(f"{out.name}.seconds")
+        if not taken.exists():
+            for left in (out, out.with_name(f"{out.name}.work")):
+                shutil.rmtree(left, ignore_errors=True)
+            files = self.files(seed, variant != "plain", arm.vectors)
+            inputs = {"scores": {part: self.pick(variant, part, seed)[0] for part in arm.parts}} if arm.parts else {}
+            target = None if arm.parts or arm.method == "select.random" else files["target"]
+            amount = {"rows": rows} if rows else {"tokens": self.budget}
+            out.parent.mkdir(parents=True, exist_ok=True)
+            start = time.process_time()
+            select_files(arm.method, files["raw"], target, out, **amount, **inputs, **self._options(variant, name, seed))
+            taken.write_text(f"{time.process_time() - start:.2f}")
+        return out, float(taken.read_text())
 
 
 def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
@@ -124,61 +187,63 @@ def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
         yield from (row for _, row in read_shard(path))
 
 
-def prefix(order: list[Row], budget: int) -> list[Row]:
-    """The longest prefix with at most `budget` words."""
-    taken = []
-    for row in order:
-        budget -= len(WORD.findall(row["text"].lower()))
-        if budget < 0:
-            break
-        taken.append(row)
-    return taken
-
-
-def ranking(method: str, folder: Path, options: dict[str, Any]) -> list[str]:
-    """Ids of all eligible rows in the order of the pick, from the score tables that a selector wrote."""
-    import numpy as np
+def ranking(arm: Arm, folder: Path, options: dict[str, Any]) -> tuple[list[str], np.ndarray]:
+    """(ids of all eligible rows in the order of the pick, their words), from the score tables that a selector wrote."""
     import pyarrow.parquet as pq
 
     from data_pipelines.door import make_config
     from posttrain.core import registry
 
     options = dict(options)
-    seed, module = options.pop("seed"), sys.modules[registry.method(method).module]
+    seed, module = options.pop("seed"), sys.modules[registry.method(arm.method).module]
     table = pq.read_table([str(path) for path in sorted(folder.glob("scores-*.parquet"))])
-    table = table.filter(np.asarray(table["reason"].to_pylist()) == "")
+    table = table.filter(pa.array([reason == "" for reason in table["reason"].to_pylist()]))
     columns = {name: table[name].to_numpy() for name in table.column_names if name not in ("id", "source", "shard", "reason")}
     order = getattr(module, "order", None)
-    key = order(columns, make_config(method, options), seed) if order else columns["score"]
-    ids = table["id"].to_pylist()
-    return [ids[i] for i in np.lexsort((columns["uid"], -key))]
+    key = order(columns, make_config(arm.method, {**options, "tokens": 1}), seed) if order else columns["score"]
+    ids, first = table["id"].to_pylist(), np.lexsort((columns["uid"], -key))
+    return [ids[i] for i in first], columns["words"][first]
 
 
-def table(results: dict[tuple[str, str], list[dict[str, Any]]], variant: str) -> tuple[list[str], dict[str, Any]]:
-    """Printed lines of one variant, and its figures: arm -> figure -> mean and interval, `perplexity_minus_random` among them."""
-    base = [cell["perplexity"] for cell in results[variant, "random"]]
-    arms: dict[str, Any] = {}
-    for (of, arm), cells in results.items():
-        if of == variant:
-            arms[arm] = {name: interval([cell[name] for cell in cells]) for name in (*FIGURES, "seconds")}
-            arms[arm]["perplexity_minus_random"] = paired([cell["perplexity"] for cell in cells], base)
-    head = (
-        f"{variant:<28} {'P@500':>6} {'P@1000':>6} {'P@2000':>6} {'share':>6} {'words':>5} {'KL red':>7} {'W1':>6} {'ppl':>7}  {'95 %':<15}"
-    )
-    lines = [f"{head} {'- random':>8}  {'95 %':<17} {'cpu s':>6}"]
+COLUMNS = {
+    "p500": ("P@500", "6.3f"), "p1000": ("P@1000", "6.3f"), "p2000": ("P@2000", "6.3f"), "relevant_tokens": ("share", "6.3f"),
+    "median_words": ("words", "6.0f"), "kl_reduction": ("KLred", "+6.3f"), "transport": ("W1", "6.3f"), "perplexity": ("ppl", "6.1f"),
+    "perplexity_minus_random": ("-random", "+7.1f"), "transformer_loss": ("LM loss", "7.3f"),
+    "transformer_minus_random": ("-random", "+7.3f"),
+}  # fmt: skip
+"""Figure -> its head and format in the table; those of the judges get their interval beside them."""
+JUDGED = {"perplexity": "perplexity_minus_random", "transformer_loss": "transformer_minus_random"}
+
+
+def figures(cells: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and interval of each figure of an arm, and of its differences from the cells of `random`, seed by seed."""
+    found = {name: interval([cell[name] for cell in cells]) for name in (*COLUMNS, "loss", "seconds") if name in cells[0]}
+    for name, difference in JUDGED.items():
+        if name in cells[0]:
+            found[difference] = paired([cell[name] for cell in cells], [cell[name] for cell in base])
+    return found
+
+
+def table(results: Results, variant: str) -> tuple[list[str], dict[str, Any]]:
+    """(printed lines of one variant, arm -> its figures), the lowest perplexity first."""
+    arms = {arm: figures(cells, results[variant, "random"]) for (of, arm), cells in results.items() if of == variant}
+    shown = [name for name in COLUMNS if name in next(iter(arms.values()))]
+    lines = [f"{variant:<30}" + "".join(_head(name) for name in shown)]
     for arm, found in sorted(arms.items(), key=lambda item: item[1]["perplexity"]["mean"]):
-        mean = {name: value["mean"] for name, value in found.items()}
-        lines.append(
-            f"{arm:<28} {mean['p500']:6.3f} {mean['p1000']:6.3f} {mean['p2000']:6.3f} {mean['relevant_tokens']:6.3f}"
-            f" {mean['median_words']:5.0f} {mean['kl_reduction']:+7.3f} {mean['transport']:6.3f}"
-            f" {mean['perplexity']:7.1f}  {_span(found['perplexity']):<15}"
-            f" {mean['perplexity_minus_random']:+8.1f}  {_span(found['perplexity_minus_random']):<17} {mean['seconds']:6.1f}"
-        )
+        lines.append(f"{arm:<30}" + "".join(_field(name, found[name]) for name in shown))
     return lines, arms
 
 
-def _span(found: dict[str, Any]) -> str:
-    return "" if found["low"] is None else f"[{found['low']:.0f}, {found['high']:.0f}]"
+def _head(name: str) -> str:
+    title, shape = COLUMNS[name]
+    width = int(shape.lstrip("+").split(".")[0])
+    return f" {title:>{width}}" + (f" {'95 %':<16}" if name in JUDGED or name in JUDGED.values() else "")
+
+
+def _field(name: str, found: dict[str, Any]) -> str:
+    digits = COLUMNS[name][1][-2] if name.startswith("transformer") else "0"
+    span = "" if found["low"] is None else f"[{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+    return f" {found['mean']:{COLUMNS[name][1]}}" + (f" {span:<16}" if name in JUDGED or name in JUDGED.values() else "")
 
 
 def acceptance(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -201,16 +266,14 @@ def acceptance(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-CONTROLS = ("random", "random again", "length")
-
-
 def chosen(args: argparse.Namespace) -> list[tuple[str, str]]:
     """(variant, arm) of the command line; `random` always among them."""
-    arms = args.arms.split(",") if args.arms else list(ARMS)
+    arms = args.arms.split(",") if args.arms else [name for name, arm in ARMS.items() if not (args.quick and arm.slow)]
     if unknown := [arm for arm in arms if arm not in ARMS]:
         sys.exit(f"unknown arms {unknown}; known: {', '.join(ARMS)}")
     arms = [arm for arm in ARMS if arm in {*arms, "random", "random again"}]
-    return [(variant, arm) for variant in args.variants.split(",") for arm in arms]
+    variants = args.variants.split(",") if args.variants else VARIANTS[: 1 if args.quick else None]
+    return [(variant, arm) for variant in variants for arm in arms if variant == "plain" or args.arms or not ARMS[arm].plain]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -227,27 +290,33 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "help": "`transformer`: a small Qwen2 as well, about a minute a cell",
         },
         arms={"default": "", "help": "comma-separated; default all"},
-        variants={"default": ",".join(VARIANTS), "help": "comma-separated"},
+        variants={"default": "", "help": "comma-separated; default all, with --quick the first"},
         work={"type": Path, "default": work, "help": "folder of corpora and shards"},
     )
     seeds = range(args.seeds or (1 if args.quick else 5))
     bench, wanted = Bench(args), chosen(args)
-    cells = Cells("select_quality", args)
-    names = {f"{variant}/{arm}": functools.partial(bench.cell, variant, arm) for variant, arm in wanted}
-    done = cells.measure(names, seeds)
-    results = {(variant, arm): [done[f"{variant}/{arm}", seed] for seed in seeds] for variant, arm in wanted}
+    results = measure(bench, wanted, seeds, args)
     arms: dict[str, Any] = {}
     for variant in dict.fromkeys(variant for variant, _ in wanted):
         lines, arms[variant] = table(results, variant)
         print("\n".join(lines), "\n", sep="")
-    record = {
-        "seeds": list(seeds),
-        "budget_tokens": bench.budget,
-        "corpus": _sources(bench, seeds[0]),
-        "acceptance": acceptance(arms),
-        "arms": arms,
-    }
-    return finish("select_quality", {**headline(results), **record}, args)
+    facts = {"seeds": list(seeds), "budget_tokens": bench.budget, "corpus": _sources(bench, seeds[0])}
+    return finish("select_quality", {**headline(results), **facts, "acceptance": acceptance(arms), "arms": arms}, args)
+
+
+Results = dict[tuple[str, str], list[dict[str, Any]]]
+
+
+def measure(bench: Bench, wanted: list[tuple[str, str]], seeds: range, args: argparse.Namespace) -> Results:
+    """(variant, arm) -> measures, one a seed; with `transformer_loss` where that judge was asked."""
+    judges = {"": bench.cell, **({"/transformer": bench.transformer_cell} if args.lm == "transformer" else {})}
+    work = {f"{variant}/{arm}{tail}": functools.partial(cell, variant, arm) for tail, cell in judges.items() for variant, arm in wanted}
+    done = Cells("select_quality", args).measure(work, seeds)
+    results: Results = {(variant, arm): [dict(done[f"{variant}/{arm}", seed]) for seed in seeds] for variant, arm in wanted}
+    for (variant, arm), cells in results.items() if args.lm == "transformer" else ():
+        for cell, seed in zip(cells, seeds, strict=True):
+            cell["transformer_loss"] = done[f"{variant}/{arm}/transformer", seed]["loss"]
+    return results
 
 
 def _sources(bench: Bench, seed: int) -> dict[str, Any]:
@@ -255,7 +324,7 @@ def _sources(bench: Bench, seed: int) -> dict[str, Any]:
     return {"sizes": corpus.sizes, "sources": corpus.sources, "megabytes": sum(len(row["text"].encode()) for row in corpus.raw) / 1e6}
 
 
-def headline(results: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, Any]:
+def headline(results: Results) -> dict[str, Any]:
     """`ours`, `peer`, `ratio`, `ci95` and `control` of the last line; on the first variant that was run."""
     variant = next(iter(results))[0]
     ours, peer, again = ([cell["perplexity"] for cell in results.get((variant, arm), [])] for arm in ("dsir", "random", "random again"))

@@ -105,8 +105,9 @@ def judge() -> object:
 
 def test_every_measure_prefers_what_is_near_the_held_out_rows(judge) -> None:
     near, far = _rows("docstring", judge.heldout), _rows("code", ["int x = 1 ; return x * 1 ;"] * 2)
-    good, bad = judge(near + far, near), judge(far + near, far)
-    assert (good["p500"], bad["relevant_tokens"], good["relevant_tokens"]) == (0.5, 0.0, 1.0)
+    good, bad = judge(near), judge(far)
+    assert (bad["relevant_tokens"], good["relevant_tokens"]) == (0.0, 1.0)
+    assert judges.precision(near + far, 3) == pytest.approx(2 / 3) and judges.precision(far + near, 500) == 0.5
     assert good["loss"] < bad["loss"] and good["perplexity"] == pytest.approx(math.exp(good["loss"]))
     assert good["transport"] == pytest.approx(0.0, abs=1e-6) and bad["transport"] > 0.5
     assert good["kl_reduction"] > bad["kl_reduction"]
