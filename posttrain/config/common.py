@@ -221,6 +221,10 @@ class RewardUse(Strict):
     """Name of a reward; `posttrain schema` and a wrong name list them."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
+    role: Literal["add", "gate"] = "add"
+    """`gate` (`grpo`): stays out of the sum; where it is below `at_least`, the whole reward is `gate_value`."""
+    at_least: float = 1.0
+    """Value from which a gate is passed, and from which a reward counts as right in pass rates and hardness."""
     columns: dict[str, str] = {}
     """The reward's column -> the rows' column, e.g. `{answer: solution}`."""
     options: dict[str, Any] = {}

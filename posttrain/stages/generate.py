@@ -61,6 +61,8 @@ class Config(StageConfig):
         names = [find_reward(item.use).name for item in value]
         if len(set(names)) < len(names):
             raise ValueError("the same reward is named twice; give it once, with the sum of the weights")
+        if any(item.role == "gate" for item in value):
+            raise ValueError("role: gate is for grpo; here every reward's value is written beside the sum")
         return value
 
     @model_validator(mode="after")

@@ -199,8 +199,16 @@ def last_samples(trainer: GRPOTrainer, limit: int = 8) -> list[dict[str, Any]]:
     ][:limit]
 
 
+def _refuse_missing(cfg: GRPOStage, where: str) -> None:
+    """Fields of the grammar without a trainer part behind them."""
+    for name, given in (("dynamic", cfg.dynamic is not None), ("fast", cfg.fast == "on")):
+        if given:
+            raise ConfigError(f"{name} is not supported by this version", where=f"{where}.{name}", fix="remove it")
+
+
 def run_grpo(cfg: GRPOStage, ctx: StageContext) -> None:
     """The stage `grpo`; see `grpo.py`."""
+    _refuse_missing(cfg, f"stages.{ctx.name}")
     for use in cfg.rewards:
         find_reward(use.use)
     rows = training_rows(ctx, "data")

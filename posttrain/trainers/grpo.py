@@ -10,37 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import Positive, Strict
+from posttrain.config.base import Positive
 from posttrain.config.common import RewardUse, TrainConfig
 from posttrain.core.context import StageContext
 from posttrain.core.registry import data_port, model_port, stage
-
-
-class RolloutConfig(Strict):
-    """How completions are drawn."""
-
-    engine: Literal["hf", "trl"] = "hf"
-    """`hf`: our batched engine on the live model; `trl`: TRL's own generation (the neutral setting)."""
-    max_tokens: Positive = 256
-    """Completion limit in tokens."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Sampling temperature; the policy's probabilities are taken at the same one."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus truncation; 1 is off."""
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """Keep the k likeliest tokens; 0 is off."""
-    batch: Positive = 64
-    """Most completions drawn at once (engine `hf`)."""
-    correction: Literal["none", "token_truncate", "sequence_mask"] = "none"
-    """Correction where sampled and recomputed probabilities differ; see `correction_cap`."""
-    correction_cap: Annotated[float, Field(gt=0)] = 2.0
-    """Cap of the ratio: truncated to it (token), or the sequence is masked above it."""
-
-    @model_validator(mode="after")
-    def _ours_only(self) -> RolloutConfig:
-        if self.engine == "trl" and self.correction != "none":
-            raise ValueError("correction needs engine: hf; with engine: trl TRL's own sampler and loss agree by construction")
-        return self
+from posttrain.trainers._grpo_config import DynamicConfig, EntropyConfig, HardnessConfig, RolloutConfig, check_terms
 
 
 class GRPOStage(TrainConfig):
@@ -52,6 +26,8 @@ class GRPOStage(TrainConfig):
     """Completions of each row that are compared with one another."""
     rewards: Annotated[list[RewardUse], Field(min_length=1)] = [RewardUse(use="exact")]
     """Rewards, summed by weight; None from a reward means that it does not apply to the row."""
+    gate_value: float = -1.0
+    """Takes the place of the sum of rewards where a gate's reward is below its `at_least`."""
     rollout: RolloutConfig = RolloutConfig()
     """Sampling."""
     beta: Annotated[float, Field(ge=0)] = 0.0
@@ -60,14 +36,23 @@ class GRPOStage(TrainConfig):
     """Clip range of the probability ratio, below 1 (and above, unless `epsilon_high` is given)."""
     epsilon_high: Annotated[float, Field(gt=0)] | None = None
     """Clip range above 1."""
-    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"] = "dapo"
-    """Normalisation of the token losses; TRL's names. `dapo` divides by the unmasked tokens of the batch."""
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sum"] = "dapo"
+    """Normalisation of the token losses; TRL's names, and `sum`, the plain sum over completions and tokens, divided by the
+    number of completions of the step. `dapo` divides by the unmasked tokens of the step."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Standard deviation that advantages are divided by."""
     mask_truncated: bool = False
     """Leave completions that reached the token limit out of the loss; a step in which all did changes nothing."""
     num_iterations: Positive = 1
     """Updates on each batch of completions."""
+    entropy: EntropyConfig | None = None
+    """Hold the policy's entropy at a target."""
+    hardness: HardnessConfig | None = None
+    """Weight groups by how hard they are for the policy."""
+    dynamic: DynamicConfig | None = None
+    """Sample until the step is full of groups that carry information."""
+    fast: Literal["off", "on"] = "off"
+    """`on`: our own forward pass (sorted, trimmed, prompts shared in a group) in place of TRL's, with the same loss."""
 
     @model_validator(mode="after")
     def _whole_groups(self) -> GRPOStage:
@@ -84,9 +69,7 @@ class GRPOStage(TrainConfig):
             raise ValueError(
                 f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in data.max_length ({self.data.max_length})"
             )
-        names = [item.use for item in self.rewards]
-        if len(set(names)) < len(names):
-            raise ValueError("a reward is named twice")
+        check_terms(self)
         return self
 
 

@@ -1,0 +1,117 @@
+"""Blocks of `method: grpo`: sampling, entropy, hardness, dynamic sampling; and what they refuse together.
+
+Light: no torch, since `validate` and `schema` read it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config.base import Positive, Strict
+
+if TYPE_CHECKING:
+    from posttrain.trainers.grpo import GRPOStage
+
+
+class RolloutConfig(Strict):
+    """How completions are drawn."""
+
+    engine: Literal["hf", "trl"] = "hf"
+    """`hf`: our batched engine on the live model; `trl`: TRL's own generation (the neutral setting)."""
+    max_tokens: Positive = 256
+    """Completion limit in tokens."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature; the policy's probabilities are taken at the same one."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus truncation; 1 is off."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Keep the k likeliest tokens; 0 is off."""
+    batch: Positive = 64
+    """Most completions drawn at once (engine `hf`)."""
+    correction: Literal["none", "token_truncate", "sequence_mask"] = "none"
+    """Correction where sampled and recomputed probabilities differ; see `correction_cap`."""
+    correction_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Cap of the ratio: truncated to it (token), or the sequence is masked above it."""
+
+    @model_validator(mode="after")
+    def _ours_only(self) -> RolloutConfig:
+        if self.engine == "trl" and self.correction != "none":
+            raise ValueError("correction needs engine: hf; with engine: trl TRL's own sampler and loss agree by construction")
+        return self
+
+
+class EntropyConfig(Strict):
+    """Targeted entropy: coeff * |H - target| is added to the loss, which pushes the entropy H to its target from both sides.
+
+    The push has constant size: it holds a level only where `coeff` is above the drift of the policy loss, whose size
+    depends on `loss_type`. The paper gives 0.55 and 0.001 for a loss whose normaliser it does not give.
+    """
+
+    target: Annotated[float, Field(ge=0)]
+    """Entropy of the next token to hold, nats, at the sampling temperature."""
+    coeff: Annotated[float, Field(ge=0)]
+    """Weight of the distance in the loss."""
+    level: Literal["micro", "batch", "lagged"] = "batch"
+    """What H is a mean over. `batch`: all tokens of the step, on all processes (one more forward pass where gradients are
+    accumulated); `lagged`: the same, with the side of the target taken from the step before (no more passes; step 1 has no
+    term); `micro`: the tokens of one pass of one device, so the result depends on `batch.per_device`."""
+    aggregate: Literal["token_mean"] = "token_mean"
+    """Every completion token counts the same."""
+
+
+class HardnessConfig(Strict):
+    """Advantages times D = alpha * mu + 1 - alpha; mu in [-1, 1] is the mean over a group of +1 (right) and -1 (wrong)."""
+
+    alpha: Annotated[float, Field(lt=0.5)] = -0.256
+    """Below 0: groups with fewer right completions count more, up to 1 - 2 alpha times."""
+    reward: str | None = None
+    """Reward whose `at_least` says what is right; by default the first that is no gate."""
+    normalise: bool = False
+    """Divide D by its mean over the step, so that only the weighting and not the size of the loss changes."""
+
+
+class DynamicConfig(Strict):
+    """Dynamic sampling: groups whose rewards do not differ are left out, and more rows are asked until the step is full."""
+
+    round: Positive | None = None
+    """Groups sampled at once; by default those of one step."""
+    max_rounds: Positive = 20
+    """Most rounds for one step; see `on_short`."""
+    recover: bool = True
+    """Groups that no longer fit into a step go into the next one, first; off: they are discarded."""
+    max_age: Annotated[int, Field(ge=0)] = 2
+    """Steps that a kept group may wait; older ones are discarded and counted."""
+    old_logps: Literal["none", "recompute"] = "none"
+    """Old log-probabilities of kept groups: none (probability ratio 1, as published), or those of the policy before the update."""
+    tolerance: Annotated[float, Field(ge=0)] = 1e-6
+    """A group is left out where the standard deviation of its rewards is not above this."""
+    on_short: Literal["stop", "smaller"] = "stop"
+    """After `max_rounds` without a full step: stop the run, or train on the groups there are."""
+
+
+def check_terms(cfg: GRPOStage) -> None:
+    """Refuses rewards and terms that do not go together.
+
+    Raises:
+        ValueError: what and where, for pydantic.
+    """
+    names = [item.use for item in cfg.rewards]
+    if len(set(names)) < len(names):
+        raise ValueError("a reward is named twice")
+    added = [item.use for item in cfg.rewards if item.role == "add"]
+    if not added:
+        raise ValueError("every reward is a gate; give one with role: add")
+    if cfg.hardness and cfg.hardness.reward is not None and cfg.hardness.reward not in added:
+        raise ValueError(f"hardness.reward: `{cfg.hardness.reward}` is no reward with role: add; there are: {', '.join(added)}")
+    _check_trl(cfg, cfg.trl)
+
+
+def _check_trl(cfg: GRPOStage, block: dict[str, Any]) -> None:
+    bonus = next((key for key in ("entropy_coef", "use_adaptive_entropy") if block.get(key)), None)
+    if cfg.entropy and bonus:
+        raise ValueError(f"entropy and trl.{bonus} both steer the entropy; keep one of them")
+    rewritten = "hardness" if cfg.hardness else "a reward with role: gate" if any(r.role == "gate" for r in cfg.rewards) else ""
+    if rewritten and block.get("multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize":
+        raise ValueError(f"{rewritten} needs the sum of rewards; remove trl.multi_objective_aggregation")
