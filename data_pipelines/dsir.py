@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from data_pipelines.door import Inputs
     from posttrain.core.context import StageContext
 
 
@@ -252,13 +253,13 @@ def run(cfg: DsirConfig, ctx: StageContext) -> None:
     run_selector(__name__, cfg, ctx)
 
 
-def select(raw: str | Path | list[str | Path], target: str | Path | list[str | Path], out: str | Path, **options: Any) -> dict[str, Any]:
+def select(raw: Inputs, target: Inputs, out: str | Path, **options: Any) -> dict[str, Any]:
     """Picks rows of local shards and writes them to a folder; the same passes as the stage.
 
         dsir.select(raw=["shards/*.jsonl.zst"], target="target.jsonl", out="picked", rows=50_000)
 
     Args:
-        raw, target: files, folders or globs.
+        raw, target: files, folders or globs; or a dict of name -> such, for quotas by source and separate targets.
         out: new folder for rows-*, scores-*.parquet, state; the work lies in `OUT.work`, so a killed call goes on.
         options: `rows`, `tokens`, `bytes` or `share`; `seed`; `kind` (row type, else seen from the first row); fields of DsirConfig,
             e.g. `preset="dsir-1.0.3"`.

@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +241,61 @@ def test_the_door_explains_itself(tmp_path):
         dsir.select(raw, raw, tmp_path / "used", rows=1)
     with pytest.raises(DataError, match="exceeds the budget"):
         dsir.select(raw, raw, tmp_path / "o", tokens=1)
+
+
+PLACES = {"river": "river bank water boat bridge flood", "kitchen": "oven bread flour sugar table knife"}
+
+
+def prose(topic: str, count: int, seed: int = 0) -> list[str]:
+    """Sentences in which each word has few successors, as in text."""
+    draw, words = random.Random(f"{topic}{seed}"), PLACES[topic].split()
+    follows = {word: draw.choices([*words, "of", "the", "and"], k=2) for word in [*words, "of", "the", "and"]}
+    found = []
+    for _ in range(count):
+        line = [draw.choice(words)]
+        while len(line) < 60:
+            line.append(draw.choice(follows[line[-1]]) if draw.random() < 0.9 else draw.choice(words))
+        found.append(" ".join(line))
+    return found
+
+
+def picked_rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for path in sorted(folder.glob("rows-*")) for line in path.read_text().splitlines()]
+
+
+def test_salad_of_the_targets_words_is_left_out(tmp_path):
+    draw = random.Random(0)
+    salad = [" ".join(draw.choices([*PLACES["river"].split(), "of", "the", "and"], k=60)) for _ in range(30)]
+    raw = [{"text": t, "of": of} for of in PLACES for t in prose(of, 60)] + [{"text": text, "of": "salad"} for text in salad]
+    raw, target = write(tmp_path / "r.jsonl", raw), write(tmp_path / "t.jsonl", [{"text": t} for t in prose("river", 120)[60:]])
+    options = {"rows": 80, "suffix": ".jsonl", "target_pseudo": 0.1}
+    summary = dsir.select(raw, target, tmp_path / "o", **options)
+    assert 30 <= summary["not_eligible"]["word salad"] <= 36 and summary["warnings"] == []
+    assert {row["of"] for row in picked_rows(tmp_path / "o")} == {"river", "kitchen"}
+    fooled = dsir.select(raw, target, tmp_path / "p", guard={"salad": False}, **options)
+    assert fooled["not_eligible"] == {} and "guard is off" in fooled["warnings"][0]
+    assert Counter(row["of"] for row in picked_rows(tmp_path / "p"))["salad"] >= 15
+
+
+def test_separate_targets_share_the_pick(tmp_path):
+    raw = write(tmp_path / "r.jsonl", [{"text": t, "of": of} for of in PLACES for t in prose(of, 40)])
+    targets = {of: write(tmp_path / f"{of}.jsonl", [{"text": t} for t in prose(of, 20, 1)]) for of in PLACES}
+    options = {"rows": 20, "suffix": ".jsonl", "targets": "separate", "target_shares": {"river": 0.25, "kitchen": 0.75}}
+    summary = dsir.select(raw, targets, tmp_path / "o", **options)
+    assert summary["targets"] == {"kitchen": 15, "river": 5}
+    assert Counter(row["of"] for row in picked_rows(tmp_path / "o")) == {"kitchen": 15, "river": 5}
+
+
+def test_the_papers_preset_picks_chunks(tmp_path):
+    filler = ["the", "of", "and", "to", "in", "is", "for", "by", "on", "at"]
+    draw = random.Random(0)
+    text = " ".join(draw.choice(filler) if draw.random() < 0.5 else f"word{draw.randint(0, 400)}" for _ in range(128 * 5 + 10))
+    raw = write(tmp_path / "r.jsonl", [{"id": "long", "text": text}, {"id": "same", "text": "the the " * 100}])
+    summary = dsir.select(
+        raw, write(tmp_path / "t.jsonl", [{"text": text[:500]}]), tmp_path / "o", rows=3, preset="dsir-paper", suffix=".jsonl"
+    )
+    assert {row["id"] for row in picked_rows(tmp_path / "o")} < {f"long#{i}" for i in range(5)} and summary["rows_out"] == 3
+    assert set(summary["not_eligible"]) == {"dsir-paper: words", "dsir-paper: most frequent word"}
 
 
 def test_the_hash_seed_of_python_does_not_matter(tmp_path):
