@@ -17,6 +17,8 @@ from posttrain.core.events import Events
 
 MB = 1e6
 EVERY_ROWS = 64
+EVERY_S = 0.2
+"""Seconds between two looks."""
 COMPRESSED = 0.3
 """File bytes a byte of text in compressed files, until a finished shard tells better."""
 
@@ -74,16 +76,16 @@ class Watch:
         if shard is not None:
             self._done.add(shard.index)
         finished = len(self._done) == len(self._shards)
-        if not finished and time.monotonic() - self._last < 0.2:
+        if not finished and time.monotonic() - self._last < EVERY_S:
             return
         self._last = time.monotonic()
         rows = sum(_counters[0::2]) if _counters is not None else None
         more = {"rows": rows} if rows else {}
         if not self._total:
-            self._events.progress(self._step, len(self._done), len(self._shards), "shards", **more)
+            self._events.progress(self._step, len(self._done), len(self._shards), "shards", EVERY_S, **more)
             return
         done = self._total if finished else self._read()
-        self._events.progress(self._step, round(done / MB, 3), round(self._total / MB, 3), "MB", start=self._start, **more)
+        self._events.progress(self._step, round(done / MB, 6), round(self._total / MB, 6), "MB", EVERY_S, start=self._start, **more)
 
     def _read(self) -> float:
         whole = [shard for shard in self._shards if shard.index in self._done]

@@ -214,9 +214,10 @@ def _finish(job: Job, shards: list[Shard], choice: Choice, figures: Figures, ctx
     report = tell(job.state(), stored(job, "statistics", shards), job.config) if tell else {}
     parts = {"groups": dict(sorted(figures.groups.items())), "targets": dict(sorted(figures.targets.items()))}
     known = {name: counts for name, counts in parts.items() if counts}
-    ctx.summary.update(rows_out=facts["rows"], tokens=figures.words, **known, **report, **figures.summary)
+    examples = shown_examples(job, shards)
+    ctx.summary.update(rows_out=facts["rows"], tokens=figures.words, **known, **report, **figures.summary, examples=examples)
     state = {"selector": job.selector, "seed": job.seed, "cuts": _cuts(choice), **_where_features(job, shards), **known, **report}
-    write_json(ctx.out / "selection.json", {**state, "examples": shown_examples(job, shards), **figures.summary})
+    write_json(ctx.out / "selection.json", {**state, "examples": examples, **figures.summary})
     _warn_short(ctx, figures)
     ctx.events.log(f"picked {facts['rows']} of {ctx.summary['rows_in']} rows, {figures.words} words; {_numbers(report)}")
     ctx.meta.update(row_type=facts["row_type"], rows=facts["rows"], split={})

@@ -28,7 +28,7 @@ Row = dict[str, Any]
 BATCH_ROWS = 1024
 CHARS_A_MIB = 1 << 14
 """Characters of a batch for each MiB that `memory` allows."""
-SCORE_ROWS = 1 << 16
+SCORE_ROWS = 1 << 14
 """Rows of a row group, and of a score table held in memory at a time."""
 TEXT_COLUMNS = ("id", "source", "shard", "reason")
 

@@ -91,6 +91,7 @@ def run(
     selector: str = "selector_kit",
     seed: int = 3,
     log: list[str] | None = None,
+    watch: Any = None,
 ) -> StageContext:
     """Runs the passes into `folder/out` with the work in `folder/work`."""
     (folder / "out").mkdir(parents=True, exist_ok=True)
@@ -102,6 +103,8 @@ def run(
     events = Events(None)
     if log is not None:
         events.sinks.append(lambda event: log.append(event.get("message", "")))
+    if watch is not None:
+        events.sinks.append(watch)
     ctx = StageContext(
         "pick", "select.dsir", seed, {port: found for port, found in refs.items() if found}, folder / "out", folder / "work", events
     )

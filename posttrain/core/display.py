@@ -38,6 +38,8 @@ def progress_text(event: dict[str, Any], metrics: dict[str, Any]) -> str:
         parts.append(f"{quantity(rate)} {event['unit']}/s")
         if total and done < total:
             parts.append(f"ETA {clock((total - done) / rate)}")
+    if event.get("rows") and seconds > 0:
+        parts.append(f"{quantity(event['rows'] / seconds)} rows/s")
     parts += [f"{k} {quantity(metrics[k])}" for k in SHOWN_METRICS if isinstance(metrics.get(k), int | float)]
     return "  ".join(parts)
 

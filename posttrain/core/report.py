@@ -28,6 +28,10 @@ CURVES_SHOWN = 12
 SAMPLES_SHOWN = 20
 TEXT_SHOWN = 4000
 WORST_LAYERS = 10
+SELECTION = (
+    "rows_read", "skipped", "excluded_heldout", "other_part", "rows_in", "not_eligible", "eligible", "rows_out", "tokens",
+    "groups", "targets", "ess", "top_1_percent", "median_words",
+)  # fmt: skip
 
 
 def write_report(run: RunDir) -> Path:
@@ -143,12 +147,34 @@ def _numbers(values: Any) -> list[float]:
 
 
 def _selection(record: StageRecord) -> str:
-    found = record.summary.get("score_histogram")
+    parts = []
+    for name, title in (("score_histogram", "scores"), ("words_histogram", "words a row")):
+        found = record.summary.get(name)
+        if isinstance(found, dict):
+            series = {part: _numbers(found.get(part)) for part in ("raw", "picked")}
+            parts.append(svg.histogram(f"{record.name}: {title}, share of rows", _numbers(found.get("edges")), series))
+    drawn = "".join(f"<section class=wide>{part}</section>" for part in parts if part)
+    return f"{drawn}{_selection_facts(record)}{_examples(record)}" if drawn else ""
+
+
+def _selection_facts(record: StageRecord) -> str:
+    """Counts that reconcile the rows, and figures of the weights, groups and targets."""
+    named = {name: record.summary[name] for name in SELECTION if name in record.summary}
+    rows = [[name.replace("_", " "), number(v) if isinstance(v, int | float) else _pairs(v)] for name, v in named.items() if v != {}]
+    return table([f"{record.name}", ""], rows) if len(rows) > 2 else ""
+
+
+def _pairs(value: Any) -> str:
+    return ", ".join(f"{name} {number(v)}" for name, v in value.items()) if isinstance(value, dict) else dumps(value)
+
+
+def _examples(record: StageRecord) -> str:
+    found = record.summary.get("examples")
     if not isinstance(found, dict):
         return ""
-    series = {name: _numbers(found.get(name)) for name in ("raw", "picked")}
-    drawn = svg.histogram(f"{record.name}: scores, share of rows", _numbers(found.get("edges")), series)
-    return f"<section class=wide>{drawn}</section>" if drawn else ""
+    items = [(kind, item) for kind, some in found.items() if isinstance(some, list) for item in some if isinstance(item, dict)]
+    rows = [[kind.replace("_", " "), number(item.get("score")), item.get("words"), item.get("text")] for kind, item in items]
+    return folded(f"{record.name}: examples", table(["", "score", "words", "text"], rows)) if rows else ""
 
 
 def _error(layer: dict[str, Any]) -> float:
@@ -207,7 +233,7 @@ def _artifact(record: StageRecord, run: RunDir) -> str:
 
 
 def _without_bulk(summary: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in summary.items() if k not in ("samples", "layers", "score_histogram", "eval")}
+    return {k: v for k, v in summary.items() if k not in ("samples", "layers", "score_histogram", "words_histogram", "examples", "eval")}
 
 
 def _json(value: Any) -> str:

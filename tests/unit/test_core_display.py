@@ -41,6 +41,7 @@ def test_progress_text() -> None:
     event = json.loads(progress(20, start=10))
     assert progress_text(event, {"loss": 1.5, "other": 2, "reward": "NaN"}) == "sft: steps 20/100 steps  1 steps/s  ETA 1:20  loss 1.5"
     assert progress_text(json.loads(progress(20, None, 0.0)), {}) == "sft: steps 20 steps"
+    assert progress_text(json.loads(progress(20, 40, rows=5000)), {}) == "sft: steps 20/40 steps  2 steps/s  ETA 0:10  500 rows/s"
 
 
 def test_tail_waits_for_the_end_of_a_line_and_skips_what_is_broken(tmp_path: Path) -> None:

@@ -145,3 +145,21 @@ def test_filters_and_guard_name_their_reasons(tmp_path, target, monkeypatch):
     salad = [row for row in kit.corpus(40) if len(row["text"]) > 9 and row["text"].split()[0] < "c"]
     assert ctx.summary["not_eligible"] == {"word salad": len(salad)} and salad
     assert not {row["id"] for row in salad} & {row["id"] for row in kit.chosen(tmp_path / "out")}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_progress_is_told_inside_a_shard_in_megabytes(tmp_path, target, suffix, monkeypatch):
+    from data_pipelines import meter
+    from posttrain.data.shards import ShardWriter
+
+    monkeypatch.setattr(meter, "EVERY_S", 0.0)
+    writer = ShardWriter(tmp_path / "raw", 400, suffix)
+    for row in kit.corpus(700):
+        writer.write(row)
+    size = sum(file["bytes"] for file in writer.close()) / 1e6
+    seen: list[dict] = []
+    kit.run(tmp_path, tmp_path / "raw", target, kit.config(), watch=seen.append)
+    told = [event for event in seen if event["kind"] == "progress" and event["what"] == "scores"]
+    done = [event["done"] for event in told]
+    assert len(told) > 8 and done == sorted(done) and done[-1] == pytest.approx(size, abs=1e-6) and 0 < done[0] < size / 4
+    assert {(event["total"], event["unit"]) for event in told} == {(round(size, 6), "MB")} and told[-1]["rows"] == 700

@@ -53,7 +53,8 @@ def _write(run: RunDir, index: int, manifest: dict[str, Any], config: dict[str, 
 def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "demo")
     histogram = {"edges": [0.0, 1.0, 2.0], "raw": [30, 10], "picked": [1, 9]}
-    picked = {"rows_in": 40, "rows_out": 10, "kl_reduction": 0.5, "score_histogram": histogram}
+    picked = {"rows_in": 40, "rows_out": 10, "kl_reduction": 0.5, "score_histogram": histogram, "words_histogram": histogram}
+    picked |= {"ess": 1.5, "groups": {"web": 7}, "examples": {"first_out": [{"score": 2.5, "words": 3, "text": EVIL}]}}
     shards = [_input("raw", "shards", "source", "1" * 64)]
     _write(run, 0, _manifest("picked", "select.dsir", "dataset", shards, picked), {"budget": {"rows": 10}})
     evals = {"before": {"text": {"loss": _interval(3.0)}}, "after": {"text": {"loss": _interval(2.0), "accuracy": _interval(0.5)}}}
@@ -130,6 +131,7 @@ def test_report_shows_every_part_and_is_one_safe_file(run: RunDir) -> None:
     assert SECRET not in text and "[redacted]" in text and "max_tokens&quot;: 7" in text
     assert "&lt;script&gt;" in text and "\x1b" not in text and "\x00" not in text
     assert "not finite at step 35" in text and "layers.3" in text and "KL reduction" in text
+    assert "words a row, share of rows" in text and "first out" in text and "web 7" in text
     assert str(run.path) not in text
 
 
