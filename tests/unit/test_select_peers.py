@@ -300,11 +300,11 @@ def test_embed_does_not_depend_on_shards(tmp_path):
     assert one == four
 
 
-@pytest.mark.parametrize("name", ["random", "length", "classifier", "embed", "combine"])
+@pytest.mark.parametrize("name", ["select.random", "select.length", "select.classifier", "select.embed", "select.combine"])
 def test_configs_read_back_what_a_stage_is_given(name):
     from posttrain.core.registry import method
 
-    cfg = config(method(f"select.{name}").config)
+    cfg = config(method(name).config)
     assert type(cfg).model_validate(cfg.dump()) == cfg
 
 
