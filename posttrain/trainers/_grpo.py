@@ -27,6 +27,8 @@ from trl.trainer.utils import RepeatSampler
 
 from posttrain.errors import RewardError, RolloutError
 from posttrain.rollout.base import Request, RolloutEngine, Sampling, request_seed
+from posttrain.trainers._grpo_metrics import Measured
+from posttrain.trainers._grpo_terms import WithTerms
 from posttrain.trainers._trl import Reliable, policy_logps
 
 PROMPT_IDS, ROW_ID, PASS = "prompt_token_ids", "row_id", "row_pass"
@@ -72,13 +74,14 @@ class _SkipMasked(TrainerCallback):
         self._trainer._metrics["train"]["steps_skipped"].append(float(items == 0))
 
 
-class GRPOTrainer(Reliable, trl.GRPOTrainer):
-    """TRL's GRPOTrainer with complete checkpoints, the numerics guard, preemption, events and our rollout engines.
+class GRPOTrainer(Measured, WithTerms, Reliable, trl.GRPOTrainer):
+    """TRL's GRPOTrainer with complete checkpoints, the numerics guard, preemption, events, our rollout engines and terms.
 
     Its constructor is TRL's, plus:
 
     Args:
         events: see Reliable.
+        terms: see WithTerms; None adds nothing to TRL.
         engine: None samples with TRL's own generation (neutral: every number is TRL's). Else a function
             (live model, tokenizer) -> RolloutEngine, e.g. `posttrain.rollout.hf.HFEngine`.
         correction: `none`, `token_truncate` or `sequence_mask`; see the module.

@@ -25,6 +25,7 @@ from posttrain.models.save import save_model
 from posttrain.rewards import failed_rows, failures, find_reward, get_reward
 from posttrain.rollout.hf import HFEngine
 from posttrain.trainers._grpo import PASS, PROMPT_IDS, ROW_ID, GRPOTrainer
+from posttrain.trainers._grpo_terms import terms_of
 from posttrain.trainers._train import (
     Schedule,
     describe,
@@ -164,9 +165,10 @@ def build(
     args = trl_arguments(
         trl.GRPOConfig, cfg, ctx, plan, loaded.model,
         num_generations=cfg.group, num_iterations=cfg.num_iterations, beta=cfg.beta, epsilon=cfg.epsilon, epsilon_high=cfg.epsilon_high,
-        loss_type=cfg.loss_type, scale_rewards=cfg.scale_rewards, mask_truncated_completions=cfg.mask_truncated,
+        loss_type="dr_grpo" if cfg.loss_type == "sum" else cfg.loss_type, scale_rewards=cfg.scale_rewards,
+        mask_truncated_completions=cfg.mask_truncated,
         max_completion_length=rollout.max_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
-        reward_weights=[use.weight for use in cfg.rewards], use_vllm=False, remove_unused_columns=False,
+        reward_weights=[use.weight if use.role == "add" else 0.0 for use in cfg.rewards], use_vllm=False, remove_unused_columns=False,
     )  # fmt: skip
     with trl_refusals(cfg, ctx):
         trainer = GRPOTrainer(
@@ -177,6 +179,7 @@ def build(
             processing_class=loaded.tokenizer,
             peft_config=peft_config(cfg.lora, loaded.model),
             events=ctx.events,
+            terms=terms_of(cfg),
             engine=partial(HFEngine, max_batch=rollout.batch) if rollout.engine == "hf" else None,
             correction=rollout.correction,
             correction_cap=rollout.correction_cap,

@@ -314,13 +314,21 @@ def policy_logps(trainer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         trainer: a GRPOTrainer.
         batch: `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask` as `_generate_and_score_completions` gives them.
     """
+    return _forward(trainer, batch)[0]
+
+
+def policy_entropies(trainer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Entropies (B, T) in nats of the policy at each completion token, without gradient; see `policy_logps`."""
+    return _forward(trainer, batch, compute_entropy=True)[1]
+
+
+def _forward(trainer: Any, batch: dict[str, torch.Tensor], **options: Any) -> Any:
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     with torch.no_grad():
-        logps, *_ = trainer._get_per_token_logps_and_entropies(
-            trainer.model, ids, mask, batch["completion_ids"].size(1), batch_size=trainer.args.per_device_train_batch_size
+        return trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, batch["completion_ids"].size(1), batch_size=trainer.args.per_device_train_batch_size, **options
         )
-    return logps
 
 
 def pass_bias_on(model: Any) -> None:
