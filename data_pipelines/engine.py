@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import functools
 import importlib
+import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 
 from data_pipelines import meter
 from data_pipelines.shards import Shard
+from posttrain.core.durable import write_json
 from posttrain.core.events import Events
 from posttrain.core.process import die_with_parent
 from posttrain.errors import PosttrainError
@@ -28,6 +30,8 @@ SUFFIX = {"scores": ".parquet", "picked": ".jsonl", "examples": ".json", "featur
 WITH_PICKED = ("statistics", "examples")
 """Parts that the write step makes beside a shard's picked rows."""
 LOOK_EVERY_S = 0.25
+KEYS_SENT = 1000
+"""More held-out keys than this go to the workers by a file."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,20 @@ class Job:
     vectors: Path | None = None
     inputs: dict[str, list[str]] = field(default_factory=dict)
     targets: tuple[str, ...] = ("",)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without many held-out keys, which workers read from a file once instead of with every shard."""
+        state = dict(self.__dict__)
+        if len(self.heldout) > KEYS_SENT:
+            state["heldout"] = path = self.folder / "heldout.json"
+            if not path.exists():
+                write_json(path, sorted(self.heldout), indent=None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state["heldout"], Path):
+            state = {**state, "heldout": _keys(state["heldout"])}
+        self.__dict__.update(state)
 
     @property
     def methods(self) -> Any:
@@ -91,6 +109,11 @@ class Job:
         """The shard's part (for picked rows also what is made with them) is there."""
         steps = (step, *WITH_PICKED) if step == "picked" else (step,)
         return all(self.part(name, shard).exists() for name in steps)
+
+
+@functools.lru_cache(maxsize=1)
+def _keys(path: Path) -> frozenset[str]:
+    return frozenset(json.loads(path.read_text(encoding="utf-8")))
 
 
 @functools.lru_cache(maxsize=1)
@@ -161,20 +184,23 @@ def open_driver(cfg: Any, shards: int, folder: Path) -> Iterator[Driver]:
         shards: most shards that a step has.
         folder: scratch folder of the cluster drivers.
     """
-    counters = meter.new_counters(shards)
     engine = getattr(cfg, "engine", None)
     if engine is not None and engine.with_ != "pool":
         from data_pipelines.cluster import ClusterDriver
 
         yield ClusterDriver(engine, folder, cfg.workers)
-    elif cfg.workers == 1:
-        meter.use(counters)
-        yield Inline()
-    else:
-        meter.use(counters)
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(cfg.workers, mp_context=spawn, initializer=_start, initargs=(counters,)) as pool:
-            yield Pool(pool)
+        return
+    counters = meter.new_counters(shards)
+    meter.use(counters)
+    try:
+        if cfg.workers == 1:
+            yield Inline()
+        else:
+            spawn = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(cfg.workers, spawn, _start, (counters,)) as pool:
+                yield Pool(pool)
+    finally:
+        meter.use(None)
 
 
 def _start(counters: Any) -> None:

@@ -129,7 +129,8 @@ def _job(selector: str, cfg: Any, ctx: StageContext, raw: list[Shard], targets: 
     own = job.hook("feature_key")
     chunks = cfg.chunks and cfg.chunks.dump()
     features = digest_of([selector, own(cfg) if own else semantic(cfg), content, chunks, digests])
-    return dataclasses.replace(job, vectors=ctx.work / f"features-{features[:16]}")
+    kept = Path(cfg.feature_cache) if cfg.feature_cache else ctx.work
+    return dataclasses.replace(job, vectors=kept / f"features-{features[:16]}")
 
 
 def _other_inputs(ctx: StageContext) -> tuple[dict[str, list[str]], list[list[str]]]:
@@ -211,7 +212,9 @@ def _finish(job: Job, shards: list[Shard], choice: Choice, figures: Figures, ctx
     _add_up("rows picked", choice.rows, figures.rows)
     _add_up("rows picked", choice.rows, facts["rows"])
     tell = job.hook("report")
-    report = tell(job.state(), stored(job, "statistics", shards), job.config) if tell else {}
+    report = dict(tell(job.state(), stored(job, "statistics", shards), job.config)) if tell else {}
+    for warning in report.get("warnings", []):
+        ctx.events.warn(warning)
     parts = {"groups": dict(sorted(figures.groups.items())), "targets": dict(sorted(figures.targets.items()))}
     known = {name: counts for name, counts in parts.items() if counts}
     examples = shown_examples(job, shards)

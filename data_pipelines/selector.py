@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 from pydantic import Field, model_validator
 
 from data_pipelines.budget import Budget, Quota
-from posttrain.config.base import REPORT_ONLY, Positive, Share, Strict
+from posttrain.config.base import REPORT_ONLY, PathStr, Positive, Share, Strict
 from posttrain.config.common import StageConfig
 from posttrain.core.registry import data_port
 
@@ -106,6 +106,9 @@ class SelectorConfig(StageConfig):
     """Format of the picked rows."""
     workers: Annotated[Positive, REPORT_ONLY] = 1
     """Processes; more do not change the result."""
+    feature_cache: Annotated[PathStr | None, REPORT_ONLY] = None
+    """Folder in which feature files are kept for other runs of the same rows, for selectors that have features; none: the
+    stage's own work, which another budget, rule or seed does not share."""
     engine: Annotated[Engine, REPORT_ONLY] = Engine()
     """Who does the shards; does not change the result."""
     memory: Annotated[Positive, REPORT_ONLY] = 256
@@ -144,7 +147,7 @@ class Ranking:
     """A total order over some of the rows, made with all of them in view.
 
     Args:
-        shard, row: int64[k]; which rows.
+        shard, row: int64[k]; which rows, as `Scored.batches` names them.
         key: float64[k]; higher is picked first; ties go by the row's uid.
         repeat: int64[k] or None; how often a picked row should be seen, written as the column `repeat`.
         facts: JSON-ready, for the summary.
@@ -161,7 +164,8 @@ class Scored(Protocol):
     """All eligible rows, in shard order, batch by batch; may be swept several times."""
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """Columns `shard`, `row`, `uid`, `words`, `bytes`, the selector's own, and `features` float32[n, d] where it has them."""
+        """Columns `shard`, `row` (the row's place among the shard's scored rows or chunks), `uid`, `words`, `bytes`, the
+        selector's own, and `features` float32[n, d] where it has them."""
 
     def target_features(self) -> list[np.ndarray]:
         """float32[n_t, d] of each target's rows (one array under `merged`), memory-mapped, in input order."""
@@ -176,7 +180,8 @@ class Selector(Protocol):
                                                           adds `uid` uint64 to what `score` gave; under `separate` it is called
                                                           for each target with that target's score in `columns["score"]`
         rank(scored, state, cfg, seed) -> Ranking         an order that needs all rows at once; replaces `order`
-        report(state, picked, cfg) -> dict                facts for the summary, from the statistics of the picked rows by shard
+        report(state, picked, cfg) -> dict                facts for the summary, from the statistics of the picked rows by shard;
+                                                          texts under `warnings` are shown as such
         feature_maker(cfg, inputs) -> (rows -> float32[n, d])   called once a process; its vectors are kept in memory-mapped
                                                           files, one a shard, and come with the rows as `row[FEATURES]`
         feature_key(cfg) -> JSON-ready                    the part of the config that its features depend on
@@ -193,7 +198,7 @@ class Selector(Protocol):
 
     def score(self, rows: list[Row], state: Arrays, cfg: Any) -> Arrays:
         """Columns of a batch: `score` float64[n], or [n, T] for T separate targets; optionally `words` int64 (else counted),
-        `reason` ("" = eligible), and any others."""
+        `reason` ("" = eligible), and any others. A row's figures must not depend on the rest of its batch."""
 
 
 FeatureMaker = Callable[[list[Row]], "np.ndarray"]

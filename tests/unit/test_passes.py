@@ -368,3 +368,51 @@ def test_length_limits_name_their_reason(tmp_path, target):
     summary = dsir.select(raw, target, tmp_path / "o", rows=9, min_words=3, max_words=3)
     assert summary["not_eligible"] == {"without words": 1, "below 3 words": 1, "above 3 words": 1} and summary["rows_out"] == 1
     assert config(filters={"min_words": 3}).filters.min_words == 3
+
+
+def test_many_held_out_keys_go_to_the_workers_once(tmp_path, monkeypatch):
+    import pickle
+
+    from data_pipelines import engine
+
+    monkeypatch.setattr(engine, "KEYS_SENT", 3)
+    few, many = (engine.Job("m", None, 0, tmp_path, frozenset(map(str, range(n)))) for n in (3, 2000))
+    assert pickle.loads(pickle.dumps(few)) == few and not (tmp_path / "heldout.json").exists()
+    assert len(pickle.dumps(many)) < 1000 and pickle.loads(pickle.dumps(many)) == many
+
+
+def test_one_field_of_a_block_may_stand_alone():
+    from posttrain.config.fields import short_form
+    from posttrain.core.registry import method
+    from posttrain.verbs.single import to_overrides
+
+    forms = {key: short_form(dsir.DsirConfig, key) for key in ("rows", "min_words", "quality", "workers", "temperature", "nothing")}
+    assert forms == {
+        "rows": "budget.rows", "min_words": "filters.min_words", "quality": "filters.quality",
+        "workers": "workers", "temperature": "temperature", "nothing": "nothing",
+    }  # fmt: skip
+    tree = {"stages": [{"name": "s", "method": "select.dsir"}]}
+    pairs = {"rows": "5", "min_words": "20", "budget.on_short": "stop"}
+    assert to_overrides(tree, pairs, method("select.dsir")) == [
+        "stages.s.budget.rows=5", "stages.s.filters.min_words=20", "stages.s.budget.on_short=stop"
+    ]  # fmt: skip
+
+
+def test_inputs_may_have_names_and_targets_be_separate(tmp_path, target):
+    raw = {name: write(tmp_path / f"{name}.jsonl", corpus(40, seed)) for seed, name in enumerate(("a", "b"))}
+    targets = {"one": target, "two": write(tmp_path / "two.jsonl", [{"text": "kappa iota theta"}])}
+    found = []
+    for name, order in (("x", ["one", "two"]), ("y", ["two", "one"])):
+        summary = dsir.select(
+            raw, {n: targets[n] for n in order}, tmp_path / name, rows=30, targets="separate", quotas={"shares": {"a": 0.5}}
+        )
+        found.append((summary["groups"], summary["targets"], {row["id"] for row in chosen(tmp_path / name)}))
+    assert found[0] == found[1] and found[0][0]["a"] >= 15 and set(found[0][1]) == {"one", "two"}
+    with pytest.raises(ConfigError, match="names of their own"):
+        dsir.select(raw, None, tmp_path / "z", rows=3, targets="separate")
+
+
+def test_published_filters_name_their_reasons(tmp_path, target):
+    raw = write(tmp_path / "r.jsonl", [{"text": "alpha beta " * 100}, {"text": "alpha"}, *corpus(5)])
+    summary = dsir.select(raw, target, tmp_path / "o", rows=2, repetition="gopher")
+    assert summary["not_eligible"] and summary["eligible"] + sum(summary["not_eligible"].values()) == 7

@@ -176,3 +176,45 @@ def test_workers_do_not_change_the_ranked_pick(tmp_path, target):
         cfg = kit.config(RankConfig, workers=workers, memory=64 * workers)
         kit.run(tmp_path / str(workers), raw, target, cfg, selector="selector_kit_rank")
     assert kit.tree(tmp_path / "1" / "out") == kit.tree(tmp_path / "2" / "out")
+
+
+def test_feature_files_may_be_kept_for_other_runs(tmp_path, target, monkeypatch):
+    monkeypatch.setenv("KIT_CALLS", str(tmp_path / "calls"))
+    raw = kit.write_shards(tmp_path / "raw", kit.corpus(20), 2)
+    for name in ("a", "b"):
+        cfg = kit.config(RankConfig, budget={"rows": 3 if name == "a" else 5}, feature_cache=str(tmp_path / "kept"))
+        kit.run(tmp_path / name, raw, target, cfg, selector="selector_kit_rank")
+    assert sum(map(int, (tmp_path / "calls").read_text().split())) == 25
+    assert not list(tmp_path.glob("[ab]/work/features-*"))
+
+
+def test_the_maker_is_given_the_paths_of_the_other_inputs(tmp_path, target, monkeypatch):
+    import selector_kit_rank
+
+    from data_pipelines.door import model_ref, source_ref
+    from data_pipelines.passes import run_selector
+    from posttrain.core.context import StageContext
+    from posttrain.core.events import Events
+
+    real, seen = selector_kit_rank.feature_maker, []
+    monkeypatch.setattr(selector_kit_rank, "feature_maker", lambda cfg, inputs: (seen.append(inputs), real(cfg, inputs))[1])
+    model = tmp_path / "model"
+    model.mkdir()
+    raw, extra = kit.write_shards(tmp_path / "raw", kit.corpus(20), 2), kit.write_shards(tmp_path / "extra", kit.corpus(4), 2)
+    keys = set()
+    for content in ("{}", '{"hidden_size": 1}'):
+        (model / "config.json").write_text(content)
+        refs = {
+            "raw": [source_ref("raw", raw, "text", {}, "stop")],
+            "target": [source_ref("target", target["target"], "text", {}, "stop")],
+            "model": [model_ref(model)],
+            "extra": [source_ref("extra", extra, "text", {}, "stop")],
+        }
+        (tmp_path / "out").mkdir(exist_ok=True)
+        ctx = StageContext("pick", "select.dsir", 0, refs, tmp_path / "out", tmp_path / "work", Events(None))
+        run_selector("selector_kit_rank", kit.config(RankConfig), ctx)
+        keys.add(json.loads((tmp_path / "out" / "selection.json").read_text())["features"]["folder"])
+        for path in (tmp_path / "out").iterdir():
+            path.unlink()
+    assert seen == [{"model": [str(model)], "extra": [str(extra / "s0.jsonl"), str(extra / "s1.jsonl")]}] * 2
+    assert len(keys) == 2
