@@ -25,6 +25,7 @@ from posttrain.errors import ConfigError, DataError
 PORTS = ("model", "data", "raw", "target", "scores", "calib")
 TOP = ("model", "sources", "eval", "tracking", "limits", "seed", "name")
 CONTROL = ("out", "prompt")
+EXAMPLES = {"model": "./model", "scores": "[picked-dsir,picked-zipfit]"}
 
 
 def _split(overrides: list[str], method: registry.Method | None = None) -> dict[str, str]:
@@ -138,7 +139,7 @@ def _require_ports(method: registry.Method, pairs: dict[str, str]) -> None:
     absent = [port for port in needed if port not in pairs and not any(key.startswith(("eval.", "stages.")) for key in pairs)]
     if absent:
         names = " and ".join(f"`{port}=`" for port in absent)
-        given = " ".join(f"{port}={'./model' if port == 'model' else 'rows.jsonl'}" for port in absent)
+        given = " ".join(f"{port}={EXAMPLES.get(port, 'rows.jsonl')}" for port in absent)
         raise ConfigError(f"`{method.name}` needs {names}", where="command line", fix=f"e.g. {given}")
 
 
