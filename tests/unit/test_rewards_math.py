@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.core.process import descendants
 from posttrain.rewards import failures, get_reward
 from posttrain.rewards._boxed import boxed_answers, unboxed
-from posttrain.rewards._math_process import SHARED, MathProcess
 from posttrain.rewards._math_text import decide, normalise, number
 from posttrain.rewards.math_exact import math_exact
+from posttrain.rewards.sandbox.pool import MATH
 
 CASES = Path(__file__).parents[1] / "cases"
 
@@ -131,8 +132,7 @@ def test_faults_of_the_data_are_none_and_counted():
 
 def test_a_tower_of_powers_costs_one_timeout():
     table = rows("C15-hang.jsonl")
-    math_exact(["\\boxed{\\sqrt{49}}"], ["7"])
-    child = SHARED.pid
+    math_exact(["\\boxed{\\sqrt{49}}"] * 4, ["7"] * 4)
     failures(reset=True)
     start = time.monotonic()
     values = math_exact([row["completion"] for row in table], [row["gold"] for row in table], timeout_s=1.0)
@@ -140,8 +140,7 @@ def test_a_tower_of_powers_costs_one_timeout():
     assert values == [row["expect"] for row in table]
     assert failures() == {"math_exact.timeout": 1}
     assert seconds < 2.0
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
+    assert not [child for worker in MATH.pids() for child in descendants(worker)]
 
 
 def test_the_same_from_any_thread():
@@ -158,11 +157,9 @@ def test_the_same_from_any_thread():
     assert found == [[1.0, 0.0]] * 3
 
 
-def test_a_child_that_dies_is_an_error_then_replaced():
-    process = MathProcess()
-    assert process.compare("7", "\\sqrt{49}", 20) is True
-    os.kill(process.pid, 9)
+def test_a_worker_that_dies_is_replaced():
+    assert math_exact(["\\boxed{\\sqrt{49}}"], ["7"]) == [1.0]
+    for worker in MATH.pids():
+        os.kill(worker, 9)
     time.sleep(0.2)
-    assert process.compare("7", "\\sqrt{49}", 20) is True
-    process.close()
-    assert process.pid is None
+    assert math_exact(["\\boxed{\\sqrt{49}}"], ["7"]) == [1.0]
