@@ -56,12 +56,12 @@ def test_kill_9_costs_one_shard_of_any_pass(whole, tmp_path, step):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     child = subprocess.Popen([sys.executable, "-c", CODE, step, tmp_path], env=env)
     folder = f"features-*/{step[9:]}" if step.startswith("features") else f"{'?' * 16}/{step}"
-    parts = f"cut/work/{folder}/[0-9]*"
-    while child.poll() is None and len(list(tmp_path.glob(parts))) < 3:
+    work, parts = tmp_path / "cut" / "work", f"{folder}/[0-9]*"
+    while child.poll() is None and len(list(work.glob(parts))) < 3:
         time.sleep(0.01)
     child.kill()
     child.wait()
-    done = len(list(tmp_path.glob(parts)))
+    done = len(list(work.glob(parts)))
     every = 9 if step in ("features.raw", "raw", "scores", "picked") else 8
     assert 3 <= done < every
     assert f"{step}: {done} of {every} shards were done before" in run(tmp_path, "cut")

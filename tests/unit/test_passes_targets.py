@@ -40,6 +40,19 @@ def test_the_pick_goes_round_the_targets(tmp_path, targets, unit, shares, seed, 
     assert ctx.summary["target_rows"] == [1, 2, 3]
 
 
+def test_the_pick_stops_at_the_row_that_does_not_fit(tmp_path, targets):
+    """`heavy` comes second and does not fit; `light` would, but only `law`, with a small share, asks for it."""
+    rows = [
+        {"id": "first", "text": "a b c", "s": [9.0, 8.0]},
+        {"id": "heavy", "text": "a b c d", "s": [8.0, 1.0]},
+        {"id": "light", "text": "a b", "s": [1.0, 9.0]},
+    ]
+    used = {name: targets[name] for name in ("code", "law")}
+    cfg = kit.config(budget={"tokens": 5}, targets="separate", target_shares={"code": 0.98, "law": 0.02})
+    kit.run(tmp_path, kit.write_shards(tmp_path / "raw", rows, 1), used, cfg)
+    assert ids(kit.prefix(kit.round_targets(rows, [0.98, 0.02]), 5, "tokens")) == ids(kit.chosen(tmp_path / "out")) == {"first"}
+
+
 def test_neither_order_nor_shards_nor_workers_matter(tmp_path, targets):
     rows = kit.corpus(120, 5)
     found = []
