@@ -3,6 +3,7 @@
 To add one, write a file here (or in a plugin package) with a function under `@reward("name")`; it can then be named in YAML.
 """
 
+from posttrain.rewards._parts import collecting, record
 from posttrain.rewards.registry import (
     Reward,
     Scores,
@@ -22,6 +23,7 @@ __all__ = [
     "Reward",
     "Scores",
     "checked_options",
+    "collecting",
     "completion_text",
     "count_failure",
     "failed_rows",
@@ -29,6 +31,7 @@ __all__ = [
     "find_reward",
     "get_reward",
     "known_rewards",
+    "record",
     "reward",
     "score",
 ]

@@ -43,9 +43,3 @@ def join(rows: Sequence[Mapping[str, Sequence[float | None]]]) -> Parts:
     """Parts of completions that were scored one at a time: `rows[i]` holds those of completion i, or nothing where it failed."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row[name][0] if row.get(name) else None for row in rows] for name in names}
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Mean over the completions that the part applies to; None where it applies to none."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

@@ -19,7 +19,8 @@ Similarity = Literal["dot", "cosine"]
 @functools.cache
 def embedder_of(folder: Path | None, batch: int | None, max_length: int | None) -> SentenceEmbedder:
     """The encoder in `folder` (None: the packaged one), loaded once a process."""
-    from posttrain.models.sentences import PACKAGED, SentenceEmbedder
+    from posttrain.models.encoder import PACKAGED
+    from posttrain.models.sentences import SentenceEmbedder
 
     return SentenceEmbedder(PACKAGED if folder is None else str(folder), batch=batch, max_length=max_length)
 

@@ -4,7 +4,7 @@ A reward is a function with TRL's signature, `f(completions, **columns) -> list[
 in one file of `posttrain/rewards`, of an installed `posttrain.methods` package, or of a `--plugin` package. TRL accepts it
 unmodified. Its keyword-only parameters are its *options*, set by `options` in YAML. None means *not applicable, or could
 not be judged*; a failure is never 0.0, since a 0.0 teaches the model that its answer was wrong. Failures are counted by
-reward and reason (`failures()`).
+reward and reason (`failures()`). A reward that is made of parts reports them with `record(part, values)`.
 
 Mixture: for row i with weights w_k and values r_ik the total is sum of w_k * r_ik over the rewards whose value is not None;
 it is None where all of them are.
@@ -25,6 +25,7 @@ from typing import Any
 from posttrain.core.registry import GROUP, look_up, plugins, scan_package
 from posttrain.errors import ConfigError, NumericsError, PosttrainError, RewardError
 from posttrain.rewards._options import check_options, declared_options, typed_options
+from posttrain.rewards._parts import collecting, join, record
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -58,11 +59,13 @@ class Scores:
         total: weighted sum for each completion, None where no reward applied.
         parts: values of each reward, by name.
         failures: rows a reward failed on during this call, `{"name.reason": count}`.
+        recorded: what rewards reported beside their values, `{"name/part": values}`.
     """
 
     total: list[float | None]
     parts: dict[str, list[float | None]]
     failures: dict[str, int] = field(default_factory=dict)
+    recorded: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 _REWARDS: dict[str, Reward] = {}
@@ -120,8 +123,9 @@ def checked_options(name: str, options: Mapping[str, Any], base: Path | None = N
 
 def count_failure(name: str, reason: str, rows: int = 1) -> None:
     """Counts rows that reward `name` could not judge; safe from any thread."""
-    with _LOCK:
-        _FAILURES[f"{name}.{reason}"] += rows
+    if rows:
+        with _LOCK:
+            _FAILURES[f"{name}.{reason}"] += rows
 
 
 def failures(*, reset: bool = False) -> dict[str, int]:
@@ -168,22 +172,37 @@ def _check_values(name: str, values: Any, expected: int) -> list[float | None]:
     return out
 
 
+def _check_part(name: str, part: str, values: list[float | None], expected: int) -> list[float | None]:
+    if len(values) != expected:
+        raise RewardError(
+            f"reward `{name}` recorded {len(values)} values of `{part}`, expected {expected}",
+            fix="record one float or None for each completion, in order",
+        )
+    return values
+
+
 def _one_by_one(function: RewardFunction, name: str, completions: Sequence[Any], columns: Mapping[str, Any]) -> list[Any]:
     values: list[Any] = []
+    recorded: list[dict[str, list[float | None]]] = []
     error: Exception | None = None
     failed = 0
     for row, completion in enumerate(completions):
         own = {key: [value[row]] if _is_column(value, len(completions)) else value for key, value in columns.items()}
         try:
-            values.append(_check_values(name, function([completion], **own), 1)[0])
+            with collecting() as parts:
+                values.append(_check_values(name, function([completion], **own), 1)[0])
+            recorded.append(parts)
         except PosttrainError:
             raise
         except Exception as problem:
             failed, error = failed + 1, problem
             values.append(None)
+            recorded.append({})
     if failed == len(completions):
         raise RewardError(f"reward `{name}` failed on all {failed} completions: {type(error).__name__}: {error}") from error
     count_failure(name, "error", failed)
+    for part, found in join(recorded).items():
+        record(part, found)
     return values
 
 
@@ -195,11 +214,14 @@ def _call(function: RewardFunction, name: str, completions: Sequence[Any], colum
     if not completions:
         return []
     try:
-        values = function(completions, **columns)
+        with collecting() as parts:
+            values = function(completions, **columns)
     except PosttrainError:
         raise
     except Exception:
-        values = _one_by_one(function, name, completions, columns)
+        values, parts = _one_by_one(function, name, completions, columns), {}
+    for part, found in parts.items():
+        record(part, _check_part(name, part, found, len(completions)))
     return _check_values(name, values, len(completions))
 
 
@@ -250,12 +272,15 @@ def score(
     """
     weights = {rewards: 1.0} if isinstance(rewards, str) else dict(rewards) if isinstance(rewards, Mapping) else dict.fromkeys(rewards, 1.0)
     given, before = dict(columns or {}), Counter(failures())
-    parts = {}
+    parts: dict[str, list[float | None]] = {}
+    recorded: dict[str, list[float | None]] = {}
     for name in weights:
         own = {ours: given.get(theirs) for ours, theirs in (rename or {}).get(name, {}).items()}
-        parts[name] = get_reward(name, (options or {}).get(name))(completions, **{**given, **own})
+        with collecting() as found:
+            parts[name] = get_reward(name, (options or {}).get(name))(completions, **{**given, **own})
+        recorded |= {f"{name}/{part}": values for part, values in found.items()}
     total: list[float | None] = []
     for row in range(len(completions)):
         present = [weights[name] * value for name, values in parts.items() if (value := values[row]) is not None]
         total.append(sum(present) if present else None)
-    return Scores(total, parts, dict(Counter(failures()) - before))
+    return Scores(total, parts, dict(Counter(failures()) - before), recorded)
