@@ -1,6 +1,6 @@
 """Vectors of a corpus' rows for the selectors that compare vectors, made once and kept by row id.
 
-svd        TF-IDF of words, reduced to 256 coordinates by a singular value decomposition of raw and target rows
+svd        TF-IDF of words, reduced to 128 coordinates by a singular value decomposition of raw and target rows
 gradients  projected gradients of the loss of a small Qwen2 that was trained on raw rows (`_lm.Transformer`)
 minilm     sentence embeddings of all-MiniLM-L6-v2 (extra `embed`), the first 128 tokens of a row
 """
@@ -19,7 +19,7 @@ KINDS = ("svd", "gradients", "minilm")
 AT_ONCE = 500
 """Rows between two saves of the slow kinds."""
 PROXY_STEPS = 2000
-DIMENSIONS = 256
+DIMENSIONS = 128
 
 
 def vectors(kind: str, corpus: Corpus, cache: Path) -> dict[str, np.ndarray]:
@@ -58,7 +58,7 @@ def _maker(kind: str, corpus: Corpus, cache: Path) -> Callable[[list[Row]], np.n
 
     if kind == "minilm":
         return feature_maker(FeaturesConfig.model_validate({"from": "embedder", "max_length": 128}), {})
-    spec = {"from": "gradients", "params": "full", "dim": 1024, "max_length": 256}
+    spec = {"from": "gradients", "params": "full", "dim": 256, "max_length": 256}
     return feature_maker(FeaturesConfig.model_validate(spec), {"model": [model_ref(proxy(corpus, cache))]})
 
 

@@ -70,6 +70,11 @@ class Arm:
     slow: bool = False
     plain: bool = False
 
+    @property
+    def targeted(self) -> bool:
+        """It reads the target; the guard needs one. A combination goes by the guard of its parts."""
+        return not self.parts and self.method != "select.random"
+
 
 COLUMN = {"features": {"from": "column", "column": "vector"}}
 ARMS: dict[str, Arm] = {
@@ -157,7 +162,8 @@ class Bench:
         return {"loss": self.transformer(seed).loss(texts, [row["text"] for row in self.corpus(seed).heldout], seed)}
 
     def _options(self, variant: str, name: str, seed: int) -> dict[str, Any]:
-        return {**ARMS[name].options, "guard": {"salad": variant == "guarded"}, "seed": seed + ARMS[name].seed}
+        arm = ARMS[name]
+        return {**arm.options, "guard": {"salad": variant == "guarded" and arm.targeted}, "seed": seed + arm.seed}
 
     def pick(self, variant: str, name: str, seed: int, rows: int | None = None) -> tuple[Path, float]:
         """(folder that the selector wrote through its Python door, CPU seconds); of so many rows, or of the budget of tokens."""
@@ -170,7 +176,7 @@ class Bench:
                 shutil.rmtree(left, ignore_errors=True)
             files = self.files(seed, variant != "plain", arm.vectors)
             inputs = {"scores": {part: self.pick(variant, part, seed)[0] for part in arm.parts}} if arm.parts else {}
-            target = None if arm.parts or arm.method == "select.random" else files["target"]
+            target = files["target"] if arm.targeted else None
             amount = {"rows": rows} if rows else {"tokens": self.budget}
             out.parent.mkdir(parents=True, exist_ok=True)
             start = time.process_time()
