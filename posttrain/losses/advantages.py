@@ -57,7 +57,7 @@ def spread(values: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     """Standard deviation with Bessel's correction over what is not NaN; NaN for fewer than two values. The dimension is kept."""
     mean = values.nanmean(dim=dim, keepdim=True)
     variance = ((values - mean) ** 2).nanmean(dim=dim, keepdim=True)
-    count = (~values.isnan()).sum(dim=dim, keepdim=True)
+    count = (~values.isnan()).sum(dim=dim, keepdim=True).to(values.dtype)
     correction = torch.where(count > 1, count / (count - 1), torch.full_like(variance, torch.nan))
     return (variance * correction).sqrt()
 
