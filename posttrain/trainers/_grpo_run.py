@@ -22,7 +22,7 @@ from posttrain.data.rows import place_of, prompt_messages
 from posttrain.errors import ConfigError, DataError, RewardError
 from posttrain.models.load import LoadedModel
 from posttrain.models.save import save_model
-from posttrain.rewards import failed_rows, failures, find_reward, get_reward
+from posttrain.rewards import collecting, failed_rows, failures, find_reward, get_reward
 from posttrain.rollout.hf import HFEngine
 from posttrain.trainers._grpo import PASS, PROMPT_IDS, ROW_ID, GRPOTrainer
 from posttrain.trainers._grpo_terms import terms_of
@@ -71,15 +71,26 @@ def _reward_function(use: RewardUse, rows: Sequence[Row]) -> Callable[..., list[
         columns = {name: [row.get(name) for row in chosen] for name in names}
         renamed = {name: [row.get(theirs) for row in chosen] for name, theirs in use.columns.items()}
         before = failed_rows(use.use)
-        values = checked(completions, **{**columns, **renamed, "prompts": prompts, "completion_ids": extra["completion_ids"]})
+        with collecting() as parts:
+            values = checked(completions, **{**columns, **renamed, "prompts": prompts, "completion_ids": extra["completion_ids"]})
         judged += len(values)
         if "log_metric" in extra:
             extra["log_metric"](f"reward/{use.use}/failed", float(failed_rows(use.use) - before))
+            _log_parts(use.use, parts, extra)
         _stop_on_failures(use.use, judged)
         return values
 
     scored.__name__ = use.use
     return scored
+
+
+def _log_parts(name: str, parts: dict[str, list[float | None]], extra: dict[str, Any]) -> None:
+    """Each part's mean over the completions it applies to as a metric, and its values beside the sampled completions."""
+    for part, values in parts.items():
+        for value in values:
+            if value is not None:
+                extra["log_metric"](f"reward/{name}/{part}", value)
+        extra["log_extra"](f"{name}/{part}", values)
 
 
 def _check_columns(use: RewardUse, rows: Sequence[Row]) -> None:
@@ -196,6 +207,7 @@ def last_samples(trainer: GRPOTrainer, limit: int = 8) -> list[dict[str, Any]]:
             "prompt": logs["prompt"][i],
             "completion": logs["completion"][i],
             **{name: values[i] for name, values in logs["rewards"].items()},
+            **{name: values[i] for name, values in logs["extra"].items() if len(values) == len(logs["prompt"])},
             "advantage": logs["advantages"][i],
         }
         for i in range(0, len(logs["prompt"]), every)
