@@ -79,7 +79,12 @@ def estimate(cfg: GRPOStage) -> dict[str, float]:
 
 
 @stage(
-    "grpo", config=GRPOStage, inputs={"model": model_port(), "data": data_port("verifiable")}, output="model", evals=True, estimate=estimate
+    "grpo",
+    config=GRPOStage,
+    inputs={"model": model_port(), "data": data_port("verifiable", "prompt")},
+    output="model",
+    evals=True,
+    estimate=estimate,
 )
 def run(cfg: GRPOStage, ctx: StageContext) -> None:
     """Reinforces `ctx.inputs["model"]` on the tasks of `ctx.inputs["data"]`."""
