@@ -55,8 +55,9 @@ def run_dedup(cfg: DedupConfig, ctx: StageContext) -> None:
         ConfigError: several row types, or several processes.
         DataError: no rows, or none that stays.
     """
-    data = list_shards(ctx.refs("data"), f"stages.{ctx.name}.in.data")
-    against = list_shards(ctx.refs("against"), f"stages.{ctx.name}.in.against") if ctx.refs("against") else []
+    spans = ctx.work / "spans.json"
+    data = list_shards(ctx.refs("data"), f"stages.{ctx.name}.in.data", spans)
+    against = list_shards(ctx.refs("against"), f"stages.{ctx.name}.in.against", spans) if ctx.refs("against") else []
     _check_inputs(data, ctx)
     job = _new_job(cfg, data, against, ctx)
     if cfg.minhash != "off":

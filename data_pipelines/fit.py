@@ -83,10 +83,21 @@ def _guard(job: Job, raw: list[Shard], target: list[Shard], driver: Driver, ctx:
     tables = guard.merge(_guards(job, "raw", raw), _guards(job, "target", target), job.config.guard)
     save_arrays(job.folder / "guard.safetensors", tables)
     each_shard(_judge_shard, job, "guard", target, driver, ctx.events)
-    figures = np.concatenate([part["pmi"] for part in stored(job, "guard", target)])
+    figures = np.concatenate([part["order_z"] for part in stored(job, "guard", target)])
     threshold = guard.threshold(figures, job.config.guard)
-    ctx.events.log(f"guard: mean PMI of the target rows has its {job.config.guard.quantile:g} quantile at {threshold:.4g}")
+    if np.isfinite(threshold):
+        ctx.events.log(f"guard: rows whose word order is less than {threshold:.3g} deviations from random are left out")
+    else:
+        ctx.summary["guard_off"] = text = _guard_off(figures, job.config.guard.min_pairs)
+        ctx.events.warn(text)
     return {**tables, "threshold": np.array([threshold], np.float64)}
+
+
+def _guard_off(figures: np.ndarray, min_pairs: int) -> str:
+    from data_pipelines.guard import MIN_TARGET_ROWS
+
+    judged = int(np.isfinite(figures).sum())
+    return f"the guard is off: {judged} target rows have at least {min_pairs} pairs of words, {MIN_TARGET_ROWS} are needed"
 
 
 def _judge_shard(job: Job, step: str, shard: Shard) -> None:
@@ -97,7 +108,7 @@ def _judge_shard(job: Job, step: str, shard: Shard) -> None:
     items = shard_items(job, shard, "target", features=False)
     for batch in row_batches(items, BATCH_ROWS, CHARS_A_MIB * job.config.memory):
         found.append(guard.scores([row_text(item.row) for item in batch], state, job.config.guard))
-    save_arrays(job.part(step, shard), {"pmi": np.concatenate(found)})
+    save_arrays(job.part(step, shard), {"order_z": np.concatenate(found)})
 
 
 def _census(job: Job, shards: dict[str, list[Shard]]) -> str:

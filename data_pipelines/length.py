@@ -31,7 +31,7 @@ class LengthConfig(SelectorConfig):
 
 
 def _words(rows: Iterable[dict[str, Any]]) -> np.ndarray:
-    from data_pipelines.texts import count_words
+    from data_pipelines.ngrams import count_words
     from posttrain.data.rows import row_text
 
     return count_words([row_text(row) for row in rows])

@@ -1,7 +1,7 @@
 """Score tables: one parquet file a shard, without text, from which picking again is free.
 
 Columns: `id`, `source`, `shard`, `row` (number in the file), `chunk` where rows are cut, `uid` (64-bit hash of the id), the
-selector's own (`score`, ...), `words`, `bytes`, `group` under quotas, `pmi` under the guard, and `reason`, why a row cannot
+selector's own (`score`, ...), `words`, `bytes`, `group` under quotas, `order_z` under the guard, and `reason`, why a row cannot
 be picked ("" = it can). Under separate targets there is a `score.NAME` for each, and `score` is the largest of them. The
 file's metadata counts the rows that were read and those left out before scoring.
 """
@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.engine import Job
+from data_pipelines.ngrams import count_words
 from data_pipelines.parts import new_part
 from data_pipelines.pick import row_uid
 from data_pipelines.shards import Shard
 from data_pipelines.stream import Item, shard_items
-from data_pipelines.texts import count_bytes, count_words, length_reasons
+from data_pipelines.texts import count_bytes, length_reasons
 
 Row = dict[str, Any]
 
@@ -128,8 +129,8 @@ def _scored(job: Job, rows: list[Row]) -> tuple[dict[str, np.ndarray], np.ndarra
         from data_pipelines import guard
 
         state = job.guard_state()
-        columns["pmi"] = guard.scores(texts, state, job.config.guard)
-        checks.append(np.where(columns["pmi"] < state["threshold"][0], "word salad", ""))
+        columns["order_z"] = guard.scores(texts, state, job.config.guard)
+        checks.append(np.where(columns["order_z"] < state["threshold"][0], "word salad", ""))
     for check in checks:
         reason = np.where(reason == "", check, reason)
     return columns, reason

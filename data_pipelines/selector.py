@@ -48,9 +48,10 @@ class Guard(Strict):
     """A second signal that no bag of words can fool."""
 
     salad: bool = False
-    """Leave out rows whose mean PMI of adjacent words is below a low quantile of the target's."""
+    """Leave out rows whose adjacent words go together no better than words in random order: mean PMI below mu + 4 sigma of
+    target rows with their words shuffled."""
     quantile: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
-    """Which quantile of the target rows."""
+    """Where this quantile of the target rows is lower, it is the limit, so that no target loses its own rows."""
     min_pairs: Positive = 16
     """Rows with fewer adjacent word pairs are not judged."""
 

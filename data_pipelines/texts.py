@@ -1,17 +1,10 @@
-"""The text side of a batch of rows, measured once for every selector: words and bytes."""
+"""The text side of a batch of rows, measured once for every selector: bytes and limits of length."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-
-from data_pipelines.ngrams import WORD
-
-
-def count_words(texts: list[str]) -> np.ndarray:
-    """int64[n]: matches of `ngrams.WORD` in the lower-cased texts."""
-    return np.array([len(WORD.findall(text.lower())) for text in texts], np.int64)
 
 
 def count_bytes(texts: list[str]) -> np.ndarray:

@@ -11,7 +11,8 @@ import pytest
 import selector_kit as kit
 
 from data_pipelines import figures, scores
-from data_pipelines.texts import count_bytes, count_words
+from data_pipelines.ngrams import count_words
+from data_pipelines.texts import count_bytes
 from posttrain.errors import DataError
 
 TARGET = [{"text": "alpha beta", "id": "t"}]
