@@ -87,6 +87,7 @@ def read_scores(paths: list[str], column: str, name: str) -> Scores:
     """
     import numpy as np
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     parts = []
@@ -96,8 +97,8 @@ def read_scores(paths: list[str], column: str, name: str) -> Scores:
             message, fix = f"the scores of `{name}` have no column `{column}`", f"columns there: {', '.join(known)}"
             raise ConfigError(message, where="column", fix=fix)
         for batch in pq.ParquetFile(path).iter_batches(columns=["uid", column, "reason"]):
-            reason = batch.column("reason").cast(pa.string()).to_numpy(zero_copy_only=False)
-            parts.append((batch.column("uid").to_numpy(), batch.column(column).to_numpy(zero_copy_only=False), reason == ""))
+            allowed = pc.equal(batch.column("reason").cast(pa.string()), "").to_numpy(zero_copy_only=False)
+            parts.append((batch.column("uid").to_numpy(), batch.column(column).to_numpy(zero_copy_only=False), allowed))
     uid, score, eligible = (np.concatenate(column) for column in zip(*parts, strict=True)) if parts else (np.array([], np.uint64),) * 3
     order = np.argsort(uid, kind="stable")
     uid, score, eligible = uid[order], score[order].astype(float), eligible[order].astype(bool)

@@ -10,6 +10,8 @@ from posttrain.core.rundir import RunDir, read_json, read_manifest
 
 CHECKPOINT_COPIES = 3.0
 ADAPTER_SHARE = 0.2
+SAVED = "saved_at_accept_rate_"
+"""Keys of the share of rollouts that recovery saves, by the share of groups that carry information."""
 
 
 def _folder_bytes(path: Path) -> int:
@@ -45,7 +47,7 @@ def _disk_bytes(stage: PlannedStage, size: int) -> float:
 
 
 def estimate(stage: PlannedStage) -> dict[str, float]:
-    """`tokens`, `seconds`, `disk_bytes`, as far as they can be told before the run.
+    """`tokens`, `seconds`, `disk_bytes` and what a method adds, as far as they can be told before the run.
 
     Tokens come from the method or from steps x rows x max_length; seconds from an earlier run of the stage, scaled by
     steps; disk from the model (a checkpoint holds weights and two moments) and the number of checkpoints kept.
@@ -75,4 +77,7 @@ def describe(found: dict[str, float]) -> str:
         parts.append(f"about {clock(found['seconds'])}")
     if "disk_bytes" in found:
         parts.append(f"{found['disk_bytes'] / 2**20:.1f} MiB on disk")
+    saved = {key.removeprefix(SAVED): value for key, value in found.items() if key.startswith(SAVED)}
+    if saved:
+        parts.append("sample recovery saves " + ", ".join(f"{value:.0%} at accept rate {rate}" for rate, value in saved.items()))
     return ", ".join(parts) or "unknown until its inputs are made"

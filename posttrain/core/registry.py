@@ -101,7 +101,7 @@ def stage(
         version: bump when the committed bytes change for an unchanged config.
         rows: row type of an output dataset, or a function (cfg, {port: row type}) -> row type.
         evals: the stage makes or changes a model and evaluates it (before/after).
-        estimate: cfg -> {"tokens", "seconds", "disk_bytes"}, shown by `plan`; every key optional.
+        estimate: cfg -> {"tokens", "seconds", "disk_bytes", "saved_at_accept_rate_A"}, shown by `plan`; every key optional.
         check: (cfg, folder of the model that the stage's input goes back to) -> None; raises a ConfigError or QuantError, its
             `where` below the stage, for what would fail on such a model. `plan` calls it where that folder is there, so it must
             not import torch.

@@ -27,11 +27,13 @@ from trl.trainer.utils import RepeatSampler
 
 from posttrain.errors import RewardError, RolloutError
 from posttrain.rollout.base import Request, RolloutEngine, Sampling, request_seed
+from posttrain.trainers._grpo_config import DynamicConfig
 from posttrain.trainers._grpo_metrics import Measured
+from posttrain.trainers._grpo_sampling import PASS, ROW_ID, TAG, DynamicSampler
 from posttrain.trainers._grpo_terms import WithTerms
 from posttrain.trainers._trl import Reliable, policy_logps
 
-PROMPT_IDS, ROW_ID, PASS = "prompt_token_ids", "row_id", "row_pass"
+PROMPT_IDS = "prompt_token_ids"
 CHECK_EVERY = 50
 LIMITS = {torch.float32: 1e-3, torch.float64: 1e-6}
 COARSE = 0.25
@@ -86,6 +88,8 @@ class GRPOTrainer(Measured, WithTerms, Reliable, trl.GRPOTrainer):
             (live model, tokenizer) -> RolloutEngine, e.g. `posttrain.rollout.hf.HFEngine`.
         correction: `none`, `token_truncate` or `sequence_mask`; see the module.
         correction_cap: cap of the ratio.
+        dynamic: fills steps by dynamic sampling, see `_grpo_sampling.py`; the data loader then only sets the pace.
+        prompts: rows that it samples from, and the seed of their order; the training set and the arguments' by default.
 
     A column `prompt_token_ids` gives the rendered prompt to the engine, `row_id` names the row; both are optional.
     Rewards of a completion that are all None leave it out of its group's mean; its advantage is 0, and it is counted.
@@ -99,6 +103,8 @@ class GRPOTrainer(Measured, WithTerms, Reliable, trl.GRPOTrainer):
         engine: Callable[[Any, Any], RolloutEngine] | None = None,
         correction: str = "none",
         correction_cap: float = 2.0,
+        dynamic: DynamicConfig | None = None,
+        prompts: tuple[Any, int] | None = None,
         **kwargs: Any,
     ) -> None:
         self._make_engine, self.correction, self.correction_cap = engine, correction, correction_cap
@@ -107,7 +113,10 @@ class GRPOTrainer(Measured, WithTerms, Reliable, trl.GRPOTrainer):
         self.window_items, self._rollouts = 0, 0
         if engine is not None:
             kwargs["rollout_func"] = self._rollout
+        self.assembles = dynamic is not None
         super().__init__(*args, **kwargs)
+        rows, seed = prompts or (self.train_dataset, self.args.seed)
+        self.dynamic = DynamicSampler(self, dynamic, rows, seed) if dynamic is not None else None
         self.add_callback(_SkipMasked(self))
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -147,6 +156,11 @@ class GRPOTrainer(Measured, WithTerms, Reliable, trl.GRPOTrainer):
         return requests
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.dynamic is not None and self.model.training:
+            return self.dynamic.fill(self._generate_once)
+        return self._generate_once(inputs)
+
+    def _generate_once(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rollout_inputs = inputs
         output = super()._generate_and_score_completions(inputs)
         if self._make_engine is not None and self.model.training:
@@ -213,12 +227,17 @@ class GRPOTrainer(Measured, WithTerms, Reliable, trl.GRPOTrainer):
                 for name, value in part.items()
                 if torch.is_tensor(value)
             }
+        if self.dynamic is not None:
+            values["dynamic"], held = self.dynamic.state()
+            tensors |= held
         return values, tensors
 
     def restore_own_state(self, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Takes back the position in the generation window and its rollouts."""
         super().restore_own_state(values, tensors)
         self._step, self._rollouts = values["forward_passes"], values["rollouts"]
+        if self.dynamic is not None:
+            self.dynamic.restore(values["dynamic"], {name: tensors.pop(name) for name in list(tensors) if name.startswith(TAG)})
         parts: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
             number, _, key = name.partition(".")

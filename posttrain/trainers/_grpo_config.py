@@ -5,6 +5,7 @@ Light: no torch, since `validate` and `schema` read it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -76,19 +77,21 @@ class DynamicConfig(Strict):
     """Dynamic sampling: groups whose rewards do not differ are left out, and more rows are asked until the step is full."""
 
     round: Positive | None = None
-    """Groups sampled at once; by default those of one step."""
+    """Groups sampled at once, a multiple of the processes; by default those of one step. Finer rounds waste less and keep
+    groups for a shorter time; larger ones keep a batching engine busy. `plan` shows what `recover` saves."""
     max_rounds: Positive = 20
-    """Most rounds for one step; see `on_short`."""
+    """Most rounds for one step; see `on_short`. No round is sampled while a whole step is held."""
     recover: bool = True
     """Groups that no longer fit into a step go into the next one, first; off: they are discarded."""
     max_age: Annotated[int, Field(ge=0)] = 2
-    """Steps that a kept group may wait; older ones are discarded and counted."""
+    """Batches of rollouts that a kept group may wait; older ones are discarded and counted."""
     old_logps: Literal["none", "recompute"] = "none"
-    """Old log-probabilities of kept groups: none (probability ratio 1, as published), or those of the policy before the update."""
+    """Old log-probabilities of a step: none (probability ratio 1, as published; for one update a batch of rollouts), or those of
+    the policy before the update, for new and kept groups alike."""
     tolerance: Annotated[float, Field(ge=0)] = 1e-6
-    """A group is left out where the standard deviation of its rewards is not above this."""
+    """A group is left out where its largest and smallest reward differ by no more than this."""
     on_short: Literal["stop", "smaller"] = "stop"
-    """After `max_rounds` without a full step: stop the run, or train on the groups there are."""
+    """After `max_rounds` without a full step: stop the run, or train on the groups there are, as many as can be shared equally."""
 
 
 def check_terms(cfg: GRPOStage) -> None:
@@ -106,6 +109,28 @@ def check_terms(cfg: GRPOStage) -> None:
     if cfg.hardness and cfg.hardness.reward is not None and cfg.hardness.reward not in added:
         raise ValueError(f"hardness.reward: `{cfg.hardness.reward}` is no reward with role: add; there are: {', '.join(added)}")
     _check_trl(cfg, cfg.trl)
+    problem = dynamic_problem(cfg.dynamic, cfg.num_iterations, cfg.scale_rewards, cfg.trl) if cfg.dynamic else None
+    if problem:
+        raise ValueError(f"dynamic: {problem}")
+
+
+def dynamic_problem(dynamic: DynamicConfig, num_iterations: int, scale_rewards: str, block: Mapping[str, Any]) -> str | None:
+    """What dynamic sampling cannot be combined with: what it excludes, and what to do instead; None where all is well.
+
+    Args:
+        dynamic: the block.
+        num_iterations, scale_rewards: of the trainer.
+        block: other TRL fields, those that are set.
+    """
+    if scale_rewards == "batch":
+        return "scale_rewards: batch takes a standard deviation over groups that are then left out; use group or none"
+    if block.get("multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize":
+        return "multi_objective_aggregation: normalize_then_sum normalises over groups that are then left out; use sum_then_normalize"
+    if dynamic.old_logps == "none" and num_iterations > 1:
+        return "old_logps: none needs num_iterations: 1, since later updates have no probability to compare with; use recompute"
+    if dynamic.recover and block.get("sync_ref_model"):
+        return "sync_ref_model changes the reference of groups that wait; set recover: false or leave it out"
+    return None
 
 
 def _check_trl(cfg: GRPOStage, block: dict[str, Any]) -> None:

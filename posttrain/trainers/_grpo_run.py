@@ -24,7 +24,8 @@ from posttrain.models.load import LoadedModel
 from posttrain.models.save import save_model
 from posttrain.rewards import collecting, failed_rows, failures, find_reward, get_reward
 from posttrain.rollout.hf import HFEngine
-from posttrain.trainers._grpo import PASS, PROMPT_IDS, ROW_ID, GRPOTrainer
+from posttrain.trainers._grpo import PROMPT_IDS, GRPOTrainer
+from posttrain.trainers._grpo_sampling import PASS, ROW_ID
 from posttrain.trainers._grpo_terms import terms_of
 from posttrain.trainers._train import (
     Schedule,
@@ -172,7 +173,7 @@ def build(
     asked = global_rows(cfg.batch, cfg.data.max_length) // cfg.group
     plan = make_schedule(cfg, len(rows) / asked * cfg.num_iterations, ctx.world.size, f"stages.{ctx.name}")
     order = epoch_order(len(rows), math.ceil(plan.steps / cfg.num_iterations) * asked, ctx.seed)
-    rollout = cfg.rollout
+    rollout, every_row = cfg.rollout, partial(prompt_dataset, rows, prompt_ids, chat=chat)
     args = trl_arguments(
         trl.GRPOConfig, cfg, ctx, plan, loaded.model,
         num_generations=cfg.group, num_iterations=cfg.num_iterations, beta=cfg.beta, epsilon=cfg.epsilon, epsilon_high=cfg.epsilon_high,
@@ -186,11 +187,13 @@ def build(
             loaded.model,
             reward_funcs=reward_functions(cfg.rewards, rows),
             args=args,
-            train_dataset=prompt_dataset(rows, prompt_ids, order, chat),
+            train_dataset=every_row(order),
             processing_class=loaded.tokenizer,
             peft_config=peft_config(cfg.lora, loaded.model),
             events=ctx.events,
             terms=terms_of(cfg),
+            dynamic=cfg.dynamic,
+            prompts=(every_row(range(len(rows))), ctx.seed) if cfg.dynamic else None,
             engine=partial(HFEngine, max_batch=rollout.batch) if rollout.engine == "hf" else None,
             correction=rollout.correction,
             correction_cap=rollout.correction_cap,
@@ -249,3 +252,5 @@ def run_grpo(cfg: GRPOStage, ctx: StageContext) -> None:
     failures(reset=True)
     train_and_commit(trainer, cfg, ctx, loaded)
     ctx.summary.update(reward_failures=failures(), samples=last_samples(trainer))
+    if trainer.dynamic is not None:
+        ctx.summary["dynamic"] = trainer.dynamic.summary()

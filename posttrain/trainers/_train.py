@@ -94,9 +94,14 @@ def epoch_order(items: int, count: int, seed: int) -> list[int]:
     """`count` indices below `items`: one seeded permutation after another, each index once an epoch."""
     order: list[int] = []
     for epoch in range(math.ceil(count / items)):
-        generator = torch.Generator().manual_seed(request_seed(seed, "order", epoch))
-        order += torch.randperm(items, generator=generator).tolist()
+        order += epoch_permutation(items, epoch, seed)
     return order[:count]
+
+
+def epoch_permutation(items: int, epoch: int, seed: int) -> list[int]:
+    """The order of one pass over `items` indices."""
+    generator = torch.Generator().manual_seed(request_seed(seed, "order", epoch))
+    return torch.randperm(items, generator=generator).tolist()
 
 
 def grouped_order(order: Sequence[int], lengths: Sequence[int], rows: int) -> list[int]:

@@ -15,6 +15,10 @@ from posttrain.config.common import RewardUse, TrainConfig
 from posttrain.core.context import StageContext
 from posttrain.core.registry import data_port, model_port, stage
 from posttrain.trainers._grpo_config import DynamicConfig, EntropyConfig, HardnessConfig, RolloutConfig, check_terms
+from posttrain.trainers._grpo_saving import expected_saving
+
+ACCEPT_RATES = (0.15, 0.3, 0.5, 0.7)
+"""Shares of groups that carry information, for which `plan` tells what sample recovery saves."""
 
 
 class GRPOStage(TrainConfig):
@@ -74,8 +78,16 @@ class GRPOStage(TrainConfig):
 
 
 def estimate(cfg: GRPOStage) -> dict[str, float]:
-    """Upper bound of the completion tokens of a run given by `steps`."""
-    return {"tokens": cfg.steps * (cfg.batch.rows or cfg.batch.per_device) * cfg.rollout.max_tokens} if cfg.steps else {}
+    """Upper bound of the completion tokens of a run given by `steps`, and what `dynamic.recover` saves at some accept rates."""
+    rows, dynamic = cfg.batch.rows or cfg.batch.per_device, cfg.dynamic
+    if dynamic is None:
+        return {"tokens": cfg.steps * rows * cfg.rollout.max_tokens} if cfg.steps else {}
+    wanted = rows // cfg.group
+    size = dynamic.round or wanted
+    found: dict[str, float] = {"tokens": cfg.steps * dynamic.max_rounds * size * cfg.group * cfg.rollout.max_tokens} if cfg.steps else {}
+    if not dynamic.recover:
+        return found
+    return found | {f"saved_at_accept_rate_{a}": expected_saving(wanted, size, a) for a in ACCEPT_RATES}
 
 
 @stage(

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from posttrain.core.doctor import Finding
 
 
 def schema(args: argparse.Namespace) -> int:
@@ -30,6 +34,7 @@ def env(args: argparse.Namespace) -> int:
         *doctor.check_combinations(versions),
         *doctor.check_ranges(versions, doctor.declared()),
         *doctor.check_tested(versions, _constraints()),
+        _sandbox(),
     ]
     print(_aligned(doctor.devices()) + "\n")
     known = [f for f in found if f.level in ("ok", "optional")]
@@ -40,6 +45,22 @@ def env(args: argparse.Namespace) -> int:
     bad = sum(f.level == "bad" for f in wrong)
     print(f"\n{bad} problem{'' if bad == 1 else 's'}" if bad else "\nall is well")
     return 1 if bad else 0
+
+
+def _sandbox() -> Finding:
+    """What this machine allows for rewards that run untrusted code."""
+    from posttrain.core.doctor import Finding
+    from posttrain.errors import RewardError
+    from posttrain.rewards.sandbox.pool import protection
+
+    try:
+        there, missing = protection()
+    except RewardError as error:
+        return Finding("bad", "sandbox", "", error.message, error.fix)
+    if not missing:
+        return Finding("ok", "sandbox", "", f"jails have their own {', '.join(there)}")
+    fix = "run in a container or virtual machine of its own, or allow user namespaces"
+    return Finding("note", "sandbox", "", f"rewards that run code work with limits of time, memory and size, but {', '.join(missing)}", fix)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

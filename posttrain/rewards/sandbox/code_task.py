@@ -21,6 +21,7 @@ import contextlib
 import json
 import operator
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -77,7 +78,11 @@ def run_alone(argument: dict[str, Any], _link: None) -> int:
     try:
         exec(compile(argument["program"], "program.py", "exec"), space)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return stop.code & 255 if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        with contextlib.suppress(BaseException):
+            traceback.print_exc(limit=-5)
+        return 1
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):

@@ -72,6 +72,10 @@ class Shield:
     capabilities: int = 0
     uncounted: int = 0
 
+    def counts(self) -> bool:
+        """The kernel holds jails to their process limit; root's processes are not counted."""
+        return self.user != "same" or os.geteuid() != 0
+
     def missing(self) -> list[str]:
         """Protections that are not there, for people."""
         found = {
@@ -82,6 +86,13 @@ class Shield:
             "no seccomp": self.calls,
         }
         return [text for text, there in found.items() if not there]
+
+
+def bare_shield() -> Shield:
+    """Limits and killing alone, which every Linux allows."""
+    kernel.adopt_orphans()
+    kernel.hide_memory()
+    return Shield(network=False, pids=False, user="same", files=0, calls=False, uncounted=_own_threads() + SLACK)
 
 
 def raise_shield() -> Shield:
@@ -170,7 +181,7 @@ def _own_threads() -> int:
 
 
 def jail_user(role: int) -> int:
-    """Number of the user of this worker's jails, different for each of two roles."""
+    """Number of the user of this worker's jails, different for each of two roles; called in the worker."""
     return FIRST_USER + (os.getpid() % 50_000_000) * 2 + role
 
 
@@ -192,7 +203,7 @@ def spawn(
         target: runs confined; its result is the exit code.
         first: runs before, in the keeper, unconfined and with this process's descriptors.
     """
-    worker = os.getpid()
+    worker, user = os.getpid(), jail_user(role)
     keeper = os.fork()
     if keeper:
         return keeper
@@ -207,7 +218,8 @@ def spawn(
         parent = os.getpid()
         child = os.fork()
         if child == 0:
-            _confine(shield, limits, folder, role, descriptors, parent)
+            _confine(shield, limits, folder, user, descriptors, parent)
+            kernel.hide_memory(role == 0)
             code = target()
             os._exit(code)
         null = os.open(os.devnull, os.O_RDWR)
@@ -220,16 +232,15 @@ def spawn(
         os._exit(code)
 
 
-def _confine(shield: Shield, limits: Limits, folder: Path, role: int, descriptors: Mapping[int, int], keeper: int) -> None:
+def _confine(shield: Shield, limits: Limits, folder: Path, user: int, descriptors: Mapping[int, int], keeper: int) -> None:
     os.chdir(folder)
     _place(descriptors)
     _set_limits(limits, shield)
     if shield.user == "own":
-        kernel.become(jail_user(role), shield.capabilities)
+        kernel.become(user, shield.capabilities)
     elif os.geteuid() == 0 or shield.user == "namespace":
         kernel.set_capabilities(0)
     kernel.die_with_parent(keeper, 0)
-    kernel.hide_memory(role == 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     os.environ.clear()

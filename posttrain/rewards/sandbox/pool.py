@@ -37,7 +37,7 @@ for name, folder in zip(("posttrain", "posttrain.rewards", "posttrain.rewards.sa
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [folder]
 from posttrain.rewards.sandbox.worker import main
-main(sys.argv[4], sys.argv[5:])
+main(sys.argv[4], sys.argv[5] == "bare", sys.argv[6:])
 """
 
 
@@ -63,7 +63,8 @@ class Outcome:
     """What became of an item.
 
     Args:
-        status: `done`; `timeout`, `output`, `disk` for limits reached; `died` for no result; `late` where the batch's time was up.
+        status: `done`; `timeout`, `output`, `disk`, `processes` for limits reached; `died` for no result; `late` where the
+            batch's time was up.
         value: what the trusted part gave for it.
         output: standard output and error of untrusted code that ran alone.
         code: exit code of that code, negative where a signal killed it.
@@ -141,10 +142,15 @@ class Pool:
     Args:
         kind: `math` or `code`; see `worker`.
         workers: most of them; default is one a processor of this process's share, from 2 to 8.
+        bare: only what every Linux allows: limits, and killing.
+
+    Attributes:
+        shield: what protects, as a worker told; empty before the first start.
     """
 
     kind: str
     workers: int = 0
+    bare: bool = False
     shield: dict[str, Any] = field(default_factory=dict)
     _idle: list[_Worker] = field(default_factory=list)
     _made: int = 0
@@ -198,7 +204,7 @@ class Pool:
         folders = [str(_HERE.parents[1]), str(_HERE.parent), str(_HERE)]
         extra = [path for path in sys.path if path] if self.kind == "math" else []
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-        command = [sys.executable, "-I", "-c", _BOOT, *folders, self.kind, *extra]
+        command = [sys.executable, "-I", "-c", _BOOT, *folders, self.kind, "bare" if self.bare else "", *extra]
         try:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, bufsize=0
@@ -211,7 +217,7 @@ class Pool:
     def greet(self, message: dict[str, Any]) -> None:
         """Keeps what protects the jails, and logs once what does not."""
         first, self.shield = not self.shield, message
-        if first and message["missing"]:
+        if first and message["missing"] and not self.bare:
             LOGGER.warning("the sandbox of rewards works without: %s", "; ".join(message["missing"]))
 
     def pids(self) -> list[int]:
@@ -340,6 +346,24 @@ def default_workers() -> int:
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     share = len(os.sched_getaffinity(0)) // max(1, int(ranks) if ranks.isdigit() else 1)
     return max(2, min(MOST_WORKERS, share))
+
+
+def protection() -> tuple[list[str], list[str]]:
+    """What protects jails on this machine, and what is missing, in words.
+
+    Raises:
+        RewardError: no worker can be started.
+    """
+    CODE.run([Task({"alone": True, "program": ""})], Limits(), START_S)
+    shield = CODE.shield
+    there = {
+        "network": shield["network"],
+        "processes": shield["pids"],
+        "user": shield["user"] != "same",
+        f"files (Landlock {shield['files']})": shield["files"],
+        "system calls": shield["calls"],
+    }
+    return [name for name, has in there.items() if has], list(shield["missing"])
 
 
 MATH = Pool("math")

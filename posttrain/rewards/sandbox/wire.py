@@ -96,8 +96,9 @@ def encode(value: Any, refer: Refer) -> Any:
             return base(value)
     if kind.__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
         return encode(value.tolist(), refer)
-    if isinstance(value, type | types.BuiltinFunctionType) and getattr(builtins, value.__name__, None) is value:
-        return ["n", value.__name__]
+    name = getattr(value, "__name__", "") if isinstance(value, type | types.BuiltinFunctionType) else ""
+    if name and getattr(builtins, name, None) is value:
+        return ["n", name]
     return refer(value)
 
 

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.rewards.sandbox import kernel
-from posttrain.rewards.sandbox.jail import Limits, Shield, end_all, jail_user, raise_shield, reap, spawn
+from posttrain.rewards.sandbox.jail import Limits, Shield, bare_shield, descendants, end_all, jail_user, raise_shield, reap, spawn
 
 HEAD_BYTES = 22
 RESULT_BYTES = 1 << 20
@@ -96,6 +96,8 @@ class _Run:
             if main in self.codes and (not alive or not self.pipes or "result" not in self.pipes.values()):
                 return
             round_number += 1
+            if not self.shield.counts() and len(descendants()) > self.limits.processes + 4:
+                self.status = "processes"
             if round_number % FOLDER_EVERY == 0 and _folder_bytes(self.folder) > self.limits.file_mb << 20:
                 self.status = "disk"
 
@@ -167,7 +169,7 @@ def run_task(module: Any, shield: Shield, header: dict[str, Any], item_bytes: in
 
     Returns:
         `{"status", "values", "output", "code", "seconds"}`. Status: `done` (the host, or a lone guest, ended by itself),
-        `timeout`, `late` (an item's and the task's time), `output`, `disk` (other limits that were reached). Values are those
+        `timeout`, `late` (an item's and the task's time), `output`, `disk`, `processes` (other limits that were reached). Values are those
         that the host gave before the end.
     """
     started = time.monotonic()
@@ -248,11 +250,12 @@ def _start_host(run: _Run, argument: Any, host: Any, folder: Path, item_bytes: i
     return pid
 
 
-def main(kind: str, paths: list[str]) -> None:
+def main(kind: str, bare: bool, paths: list[str]) -> None:
     """Serves tasks of one kind until its input ends.
 
     Args:
         kind: `math` or `code`.
+        bare: limits alone, without what the kernel may allow beyond them.
         paths: added to `sys.path`, for kinds that need installed packages.
     """
     parent = os.getppid()
@@ -260,7 +263,7 @@ def main(kind: str, paths: list[str]) -> None:
     sys.path += [path for path in paths if path not in sys.path]
     module = importlib.import_module(f"posttrain.rewards.sandbox.{kind}_task")
     module.warm()
-    shield = raise_shield()
+    shield = bare_shield() if bare else raise_shield()
     gc.collect()
     gc.freeze()
     _say({**asdict(shield), "missing": shield.missing()})
