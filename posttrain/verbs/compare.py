@@ -131,7 +131,8 @@ def make_tree(pairs: dict[str, str]) -> Tree:
     sft = _training(pairs, tokens, own)
     target = {"from": "target:test", "metrics": ["loss", "perplexity"], "max_length": sft["data"]["max_length"], "rows": 1000}
     tree["eval"] = {"when": ["after"], "sets": {"target": target}}
-    tree["stages"] = _stages(picked, tokens, own, sft)
+    late = [label for label, method in picked.items() if _wants_model(label, method, pairs)]
+    tree["stages"] = _stages(picked, late, tokens, own, sft)
     _apply(tree, {key: text for key, text in pairs.items() if key not in CONTROLS}, picked)
     return tree
 
@@ -157,28 +158,40 @@ def _training(pairs: dict[str, str], tokens: int, own: bool) -> Tree:
     }
 
 
-def _pick(label: str, method: Method, tokens: int, base: str, scored: list[str]) -> Tree:
+def _wants_model(label: str, method: Method, pairs: dict[str, str]) -> bool:
+    """A selector that needs the port `model`: by its declaration, or because its features come out of a causal model."""
+    port, features = method.inputs.get("model"), method.config.model_fields.get("features")
+    if port is None or not port.optional or features is None:
+        return port is not None and not port.optional
+    block = parse_value(pairs.get(f"{label}.features", "{}"))
+    given = pairs.get(f"{label}.features.from") or (block.get("from") if isinstance(block, dict) else None)
+    return (given or features.default.from_) in ("gradients", "hidden")
+
+
+def _pick(label: str, method: Method, tokens: int, base: str | None, scored: list[str]) -> Tree:
     ports: Tree = {name: [f"pick-{other}" for other in scored] for name in ("scores",) if name in method.inputs}
     ports |= {name: name for name in ("raw", "target") if name in method.inputs}
-    ports |= {"model": base} if "model" in method.inputs and not method.inputs["model"].optional else {}
+    ports |= {"model": base} if base else {}
     return {"name": f"pick-{label}", "method": method.name, "in": ports, "budget": {"tokens": tokens, "on_short": "stop"}}
 
 
-def _stages(picked: dict[str, Method], tokens: int, own: bool, sft: Tree) -> list[Tree]:
-    """The tokenizer's sample and the base model, the picks, the trainings.
+def _stages(picked: dict[str, Method], late: list[str], tokens: int, own: bool, sft: Tree) -> list[Tree]:
+    """The picks, the tokenizer's sample and the base model, the trainings.
 
-    Picks that do without a model stand before the base, so that they are not given it; `combine` takes those before it.
+    Picks that do without a model stand before the base, so that they are not given it, and those in `late` behind it. `combine`
+    comes last and takes all the others' scores, but not the control's.
     """
     base = "model" if own else "base"
-    late = [label for label, method in picked.items() if "model" in method.inputs and not method.inputs["model"].optional]
-    early = [label for label in picked if label not in late]
-    scored = {label: [other for other in [*early, *late][: [*early, *late].index(label)] if other != CONTROL] for label in picked}
-    stages = [_pick(label, picked[label], tokens, base, scored[label]) for label in early]
+    last = [label for label, method in picked.items() if "scores" in method.inputs]
+    early = [label for label in picked if label not in (*late, *last)]
+    scored = [label for label in (*early, *late) if label != CONTROL]
+    picks = {label: _pick(label, picked[label], tokens, base if label in late else None, scored) for label in picked}
+    stages = [picks[label] for label in early]
     if not own:
         sample = {"name": "sample", "method": "select.random", "seed": SAMPLE_SEED, "in": {"raw": "raw"}, "budget": {"tokens": tokens}}
-        made = {"name": "base", "method": "init", "in": {"data": ["sample", "target"]}, **SIZES}
-        stages += [sample, {**made, "max_length": sft["data"]["max_length"]}]
-    stages += [_pick(label, picked[label], tokens, base, scored[label]) for label in late]
+        new = {"name": "base", "method": "init", "in": {"data": ["sample", "target"]}, **SIZES}
+        stages += [sample, {**new, "max_length": sft["data"]["max_length"]}]
+    stages += [picks[label] for label in (*late, *last)]
     stages.append({"name": "untrained", "method": "eval", "in": {"model": base}})
     ports = {label: {"model": base, "data": f"pick-{label}"} for label in picked}
     return stages + [{"name": f"sft-{label}", "method": "sft", "in": ports[label], **copy.deepcopy(sft)} for label in picked]

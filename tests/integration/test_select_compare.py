@@ -113,6 +113,21 @@ def test_the_pipeline_is_the_same_for_every_method(data: tuple[Path, Path]) -> N
     assert wired["pick-dsir"].budget.tokens == wired["pick-random"].budget.tokens == 500
 
 
+def test_selectors_that_need_a_model_get_the_base(data: tuple[Path, Path], tmp_path: Path) -> None:
+    from posttrain.config.pipeline import wire
+
+    def models(**more: Any) -> dict[str, list[str]]:
+        tree = compare.make_tree(pairs(data, methods="tarot,embed,combine,dsir", **more))
+        return {s.config.name: [r.name for r in s.inputs.get("model", [])] for s in wire(parse_pipeline(tree, None))}
+
+    new = models()
+    assert (new["pick-tarot"], new["pick-embed"], new["sft-tarot"]) == (["base"], [], ["base"])
+    assert list(new).index("pick-combine") > list(new).index("pick-tarot")
+    assert models(**{"embed.features.from": "hidden"})["pick-embed"] == ["base"]
+    assert models(**{"tarot.features": "{from: embedder}"})["pick-tarot"] == []
+    assert models(model=tmp_path)["pick-tarot"] == models(model=tmp_path)["sft-dsir"] == [str(tmp_path)]
+
+
 def test_steps_and_model(data: tuple[Path, Path], tmp_path: Path) -> None:
     told = {"small": {"tokens": 100_000}, "large": {"tokens": 10_000_000}, "told": {"steps": 7}}
     told["own"] = {"tokens": 1_000_000, "model": tmp_path}
