@@ -49,12 +49,18 @@ class EmbedConfig(SelectorConfig):
     method: Literal["select.embed"] = "select.embed"
     """Method name."""
     features: FeaturesConfig = FeaturesConfig.model_validate({"from": "embedder"})
-    """Vectors of the rows."""
+    """Vectors of the rows; `from: embedder` where the block does not say."""
     rule: Literal["round_robin", "mean"] = "round_robin"
     """How rows are picked; see the module."""
     limit: Positive | None = None
     """Neighbours of each target row that take part in the round robin, the other rows following by score. None: as many as the
     budget needs; with `quotas`, 2000."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _embedder(cls, given: Any) -> Any:
+        block = given.get("features") if isinstance(given, dict) else None
+        return {**given, "features": {"from": "embedder", **block}} if isinstance(block, dict) and "from_" not in block else given
 
     @model_validator(mode="after")
     def _fits(self) -> EmbedConfig:

@@ -308,6 +308,11 @@ def test_configs_read_back_what_a_stage_is_given(name):
     assert type(cfg).model_validate(cfg.dump()) == cfg
 
 
+def test_embed_reads_by_an_embedder_unless_told_otherwise():
+    given = [{}, {"features": {"batch": 8}}, {"features": {"from": "column", "column": "v"}}, {"features": {"from": "hidden", "layer": -2}}]
+    assert [config(embed.EmbedConfig, **fields).features.from_ for fields in given] == ["embedder", "embedder", "column", "hidden"]
+
+
 def test_embed_refuses_what_means_nothing():
     with pytest.raises(ValueError, match="goes round single target rows"):
         config(embed.EmbedConfig, targets="separate")
