@@ -219,7 +219,7 @@ def last_samples(trainer: GRPOTrainer, limit: int = 8) -> list[dict[str, Any]]:
 
 def _refuse_missing(cfg: GRPOStage, where: str) -> None:
     """Fields of the grammar without a trainer part behind them."""
-    for name, given in (("dynamic", cfg.dynamic is not None), ("fast", cfg.fast == "on")):
+    for name, given in (("fast", cfg.fast == "on"),):
         if given:
             raise ConfigError(f"{name} is not supported by this version", where=f"{where}.{name}", fix="remove it")
 
