@@ -4,7 +4,8 @@ With ratio r = exp(logp - old logp), advantage A, mask m, and clip range 1 - e .
 
     l_it = -min(r A, clip(r, 1 - e, 1 + h) A)                        all but cispo
     l_it = -sg(min(r, h)) A logp                                     cispo (2506.13585); h is the cap itself, as in TRL
-    l_it += beta * (exp(ref - logp) - (ref - logp) - 1)              with a reference
+    l_it += beta * w * (exp(ref - logp) - (ref - logp) - 1)          with a reference; w = r gives the unbiased gradient of
+                                                                     the divergence (2512.02556), as in TRL, else 1
 
 and the sum over completions i and tokens t, divided by
 
@@ -36,6 +37,7 @@ def policy_loss(
     epsilon_high: float | None = None,
     ref_logps: torch.Tensor | None = None,
     beta: float = 0.0,
+    unbiased_kl: bool = True,
     rows: float | torch.Tensor | None = None,
     tokens: float | torch.Tensor | None = None,
     max_tokens: int | None = None,
@@ -51,6 +53,7 @@ def policy_loss(
         epsilon, epsilon_high: clip range below and above 1; above = below where None.
         ref_logps: (B, T) of the reference, for `beta`.
         beta: weight of the divergence to the reference.
+        unbiased_kl: weight its estimate by the ratio (TRL's `use_bias_correction_kl`).
         rows: completions of the step on one process (grpo, dr_grpo, sum); None is B.
         tokens: completion tokens of the step on one process, the mean over processes (dapo, cispo; for bnpo those of the
             micro-batch times the micro-batches); None is the mask's.
@@ -73,7 +76,7 @@ def policy_loss(
     kl = None
     if ref_logps is not None and beta:
         gap = ref_logps - logps
-        kl = gap.exp() - gap - 1
+        kl = (gap.exp() - gap - 1) * (ratio if unbiased_kl else 1)
         loss = loss + beta * kl
     with torch.no_grad():
         shares = {"ratio": ratio, "clip_low": low_clipped, "clip_high": high_clipped, "kl_old": ratio - 1 - (logps - old)}

@@ -30,7 +30,15 @@ def sample(seed: int = 0, rows: int = 8, width: int = 7) -> dict[str, Any]:
 
 
 def reference(
-    x: dict[str, Any], loss_type: str, low: float, high: float, beta: float, rows: float, tokens: float, old: bool = True
+    x: dict[str, Any],
+    loss_type: str,
+    low: float,
+    high: float,
+    beta: float,
+    rows: float,
+    tokens: float,
+    old: bool = True,
+    unbiased: bool = True,
 ) -> dict[str, float]:
     """The module's formula, one token after another."""
     total, clipped, count = 0.0, {"low": 0, "high": 0}, 0
@@ -49,7 +57,7 @@ def reference(
                 clipped["low"] += ratio < 1 - low and advantage < 0
                 clipped["high"] += ratio > 1 + high and advantage > 0
             gap = x["ref"][i, t] - logp
-            summed += value + beta * (math.exp(gap) - gap - 1)
+            summed += value + beta * (ratio if unbiased else 1.0) * (math.exp(gap) - gap - 1)
             count += 1
         total += summed / max(length, 1) if loss_type == "grpo" else summed
     divisor = {"grpo": rows, "sum": rows, "dr_grpo": rows * LIMIT}.get(loss_type, max(tokens, 1))
@@ -72,11 +80,11 @@ def ours(x: dict[str, Any], loss_type: Any, old: bool = True, **options: Any) ->
 
 
 @pytest.mark.parametrize("loss_type", TYPES)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_value_and_shares_equal_the_loop(loss_type: str, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "unbiased"), [(0, True), (1, False)])
+def test_value_and_shares_equal_the_loop(loss_type: str, seed: int, unbiased: bool) -> None:
     x = sample(seed)
-    loss, sums = ours(x, loss_type, epsilon=0.2, epsilon_high=0.28, beta=0.07)
-    expected = reference(x, loss_type, 0.2, 0.28, 0.07, 8, x["mask"].sum())
+    loss, sums = ours(x, loss_type, epsilon=0.2, epsilon_high=0.28, beta=0.07, unbiased_kl=unbiased)
+    expected = reference(x, loss_type, 0.2, 0.28, 0.07, 8, x["mask"].sum(), unbiased=unbiased)
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-12)
     assert sums["tokens"].item() == expected["tokens"] == 30
     assert (sums["clip_low"].item(), sums["clip_high"].item()) == (expected["low"], expected["high"])
