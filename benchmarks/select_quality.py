@@ -5,8 +5,9 @@
     python benchmarks/select_quality.py --quick              # one small corpus
 
 The corpus (`_corpus.py`): package docstrings, code, licences, manual pages, changelogs and headers; the target is the docstrings of
-the standard library, half for the selectors, half for the judges. It comes in three variants: `plain`; `salad`, with a
-thousand rows of target words in random order; `guarded`, the same with the selectors' word-salad guard on.
+the standard library, half for the selectors, half for the judges. It comes in four variants: `plain`; `few`, with a tenth of
+the target rows; `salad`, with a thousand rows of target words in random order; `guarded`, the same with the selectors' word-salad
+guard on.
 
 What counts is the loss on held-out target rows of a model trained on nothing but the picked tokens. Precision by label stands
 beside it and is not the same: rows of other sources can be nearer to the target than rows of the relevant label. A row of
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ from _harness import Cells, arguments, finish
 from _judges import Judge, interval, paired, precision
 from _lm import Transformer
 
-VARIANTS = ("plain", "salad", "guarded")
+VARIANTS = ("plain", "few", "salad", "guarded")
+FEW = 40
+"""Target rows of the variant `few`."""
 RANKS = (500, 1000, 2000)
 """Rows of the order among which precision is measured."""
 
@@ -58,7 +61,7 @@ class Arm:
         parts: arms whose scores are combined.
         ranks: its order is not in the score tables; always so for methods that compare vectors.
         slow: left out by `--quick`.
-        plain: measured on the variant `plain` only.
+        only: the variants that it is measured on; none = all.
     """
 
     method: str
@@ -68,7 +71,7 @@ class Arm:
     parts: tuple[str, ...] = ()
     ranks: bool = False
     slow: bool = False
-    plain: bool = False
+    only: tuple[str, ...] = ()
 
     @property
     def targeted(self) -> bool:
@@ -82,30 +85,30 @@ ARMS: dict[str, Arm] = {
     "random again": Arm("select.random", seed=1000),
     "length": Arm("select.length"),
     "dsir": Arm("select.dsir"),
-    "dsir pseudo 0.1": Arm("select.dsir", {"target_pseudo": 0.1}, plain=True),
+    "dsir pseudo 0.1": Arm("select.dsir", {"target_pseudo": 0.1}, only=("plain", "few")),
     "dsir mean": Arm("select.dsir", {"length": "mean", "sample": "topk"}),
     "dsir 1.0.3": Arm("select.dsir", {"preset": "dsir-1.0.3"}),
-    "dsir paper": Arm("select.dsir", {"preset": "dsir-paper"}, plain=True),
+    "dsir paper": Arm("select.dsir", {"preset": "dsir-paper"}, only=("plain",)),
     "zipfit": Arm("select.zipfit"),
-    "zipfit 40 targets": Arm("select.zipfit", {"max_targets": 40}, plain=True),
+    "zipfit 40 targets": Arm("select.zipfit", {"max_targets": 40}, only=("plain",)),
     "zipfit paper 40 targets": Arm("select.zipfit", {"preset": "zipfit-paper", "max_targets": 40}, slow=True),
-    "zipfit 1.0.9 40 targets": Arm("select.zipfit", {"preset": "zipfit-1.0.9", "max_targets": 40}, plain=True),
-    "zipfit head 40 targets": Arm("select.zipfit", {"preset": "zipfit-head", "max_targets": 40}, plain=True),
-    "zipfit 20 length bins": Arm("select.zipfit", {"length_bins": 20}, ranks=True, plain=True),
-    "zipfit dictionary": Arm("select.zipfit", {"measure": "dictionary", "codec": "zstd"}, plain=True),
+    "zipfit 1.0.9 40 targets": Arm("select.zipfit", {"preset": "zipfit-1.0.9", "max_targets": 40}, only=("plain",)),
+    "zipfit head 40 targets": Arm("select.zipfit", {"preset": "zipfit-head", "max_targets": 40}, only=("plain",)),
+    "zipfit 20 length bins": Arm("select.zipfit", {"length_bins": 20}, ranks=True, only=("plain",)),
+    "zipfit dictionary": Arm("select.zipfit", {"measure": "dictionary", "codec": "zstd"}, only=("plain",)),
     "zipfit dictionary 40 targets": Arm("select.zipfit", {"measure": "dictionary", "codec": "zstd", "max_targets": 40}),
     "classifier": Arm("select.classifier"),
     "combine dsir zipfit": Arm("select.combine", parts=("dsir", "zipfit")),
-    "combine dsir zipfit classifier": Arm("select.combine", parts=("dsir", "zipfit", "classifier"), plain=True),
+    "combine dsir zipfit classifier": Arm("select.combine", parts=("dsir", "zipfit", "classifier"), only=("plain",)),
     "embed svd": Arm("select.embed", COLUMN, vectors="svd"),
     "embed svd mean": Arm("select.embed", {**COLUMN, "rule": "mean"}, vectors="svd"),
     "tarot svd": Arm("select.tarot", COLUMN, vectors="svd"),
     "tarot gradients": Arm("select.tarot", COLUMN, vectors="gradients", slow=True),
-    "tarot gradients otm": Arm("select.tarot", {**COLUMN, "rule": "otm"}, vectors="gradients", slow=True, plain=True),
-    "tarot gradients mean": Arm("select.tarot", {**COLUMN, "rule": "mean"}, vectors="gradients", slow=True, plain=True),
-    "embed minilm": Arm("select.embed", COLUMN, vectors="minilm", slow=True, plain=True),
-    "embed minilm mean": Arm("select.embed", {**COLUMN, "rule": "mean"}, vectors="minilm", slow=True, plain=True),
-    "tarot minilm": Arm("select.tarot", COLUMN, vectors="minilm", slow=True, plain=True),
+    "tarot gradients otm": Arm("select.tarot", {**COLUMN, "rule": "otm"}, vectors="gradients", slow=True, only=("plain",)),
+    "tarot gradients mean": Arm("select.tarot", {**COLUMN, "rule": "mean"}, vectors="gradients", slow=True, only=("plain",)),
+    "embed minilm": Arm("select.embed", COLUMN, vectors="minilm", slow=True, only=("plain",)),
+    "embed minilm mean": Arm("select.embed", {**COLUMN, "rule": "mean"}, vectors="minilm", slow=True, only=("plain",)),
+    "tarot minilm": Arm("select.tarot", COLUMN, vectors="minilm", slow=True, only=("plain",)),
 }
 CONTROLS = ("random", "random again", "length")
 
@@ -132,9 +135,13 @@ class Bench:
     def _transformer(self, seed: int) -> Transformer:
         return Transformer([row["text"] for row in self.corpus(seed).raw if row["label"] != SALAD])
 
-    def _files(self, seed: int, salad: bool, vectors: str) -> dict[str, list[Path]]:
-        corpus = self.corpus(seed) if salad else self.corpus(seed).without(SALAD)
-        folder = self.work / "shards" / f"{seed}-{salad}-{vectors}"
+    def _files(self, seed: int, variant: str, vectors: str) -> dict[str, list[Path]]:
+        corpus = self.corpus(seed)
+        if variant in ("plain", "few"):
+            corpus = corpus.without(SALAD)
+        if variant == "few":
+            corpus = replace(corpus, target=corpus.target[:FEW])
+        folder = self.work / "shards" / f"{seed}-{variant}-{vectors}"
         if vectors:
             return _vectors.write(folder, corpus, vectors, _vectors.vectors(vectors, self.corpus(seed), self.work / "vectors"))
         return _corpus.write(folder, corpus)
@@ -174,7 +181,7 @@ class Bench:
         if not taken.exists():
             for left in (out, out.with_name(f"{out.name}.work")):
                 shutil.rmtree(left, ignore_errors=True)
-            files = self.files(seed, variant != "plain", arm.vectors)
+            files = self.files(seed, "salad" if variant == "guarded" else variant, arm.vectors)
             inputs = {"scores": {part: self.pick(variant, part, seed)[0] for part in arm.parts}} if arm.parts else {}
             target = files["target"] if arm.targeted else None
             amount = {"rows": rows} if rows else {"tokens": self.budget}
@@ -279,7 +286,7 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, str]]:
         sys.exit(f"unknown arms {unknown}; known: {', '.join(ARMS)}")
     arms = [arm for arm in ARMS if arm in {*arms, "random", "random again"}]
     variants = args.variants.split(",") if args.variants else VARIANTS[: 1 if args.quick else None]
-    return [(variant, arm) for variant in variants for arm in arms if variant == "plain" or args.arms or not ARMS[arm].plain]
+    return [(variant, arm) for variant in variants for arm in arms if args.arms or variant in (ARMS[arm].only or VARIANTS)]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
