@@ -137,7 +137,9 @@ def test_no_network_and_no_signals():
 
 
 def test_the_parent_of_a_jail_cannot_be_killed():
-    program = "import os, signal\nfor pid in (os.getppid(), -1):\n    try: os.kill(pid, signal.SIGKILL)\n    except OSError: pass\nprint('on')"
+    program = (
+        "import os, signal\nfor pid in (os.getppid(), -1):\n    try: os.kill(pid, signal.SIGKILL)\n    except OSError: pass\nprint('on')"
+    )
     alone("")
     if not (CODE.shield["calls"] or CODE.shield["pids"]):
         pytest.skip("neither seccomp nor process namespaces here")
@@ -148,7 +150,9 @@ def test_the_parent_of_a_jail_cannot_be_killed():
 
 def test_folders_are_removed_whatever_is_in_them(pool):
     before = jails()
-    deep = "import os\nfor _ in range(200):\n    os.mkdir('d'); os.chdir('d')\nopen('f', 'w').close()\nos.chmod('.', 0)\nos.symlink('/', 's')"
+    deep = (
+        "import os\nfor _ in range(200):\n    os.mkdir('d'); os.chdir('d')\nopen('f', 'w').close()\nos.symlink('/', 's')\nos.chmod('.', 0)"
+    )
     alone(deep, pool=pool)
     alone("import os\nos.symlink('/etc', 'link')\nos.mkfifo('pipe')\nos.mkdir('locked')\nos.chmod('locked', 0)", pool=pool)
     assert jails() == before and Path("/etc/passwd").exists()
