@@ -119,7 +119,7 @@ def test_public_names_are_reached_lazily() -> None:
     assert issubclass(GRPOTrainer, trl.GRPOTrainer)
     assert issubclass(SFTTrainer, trl.SFTTrainer)
     extra = set(inspect.signature(GRPOTrainer.__init__).parameters) - {"self", "args", "kwargs"}
-    assert extra == {"engine", "correction", "correction_cap"}
+    assert extra == {"engine", "correction", "correction_cap", "dynamic", "prompts"}
 
 
 def test_vllm_is_not_imported_for_a_stage() -> None:
