@@ -88,7 +88,8 @@ class TarotConfig(SelectorConfig):
     """Write the column `repeat`: how often each picked row is to be seen, at least once, the rest in proportion to its dual
     potential; this is their mean."""
     as_published: bool = False
-    """Transport and stopping as in the authors' code, with its departures from the paper; see `data_pipelines.tarot_rules`."""
+    """Whitening, transport and stopping as in the authors' code, with its departures from the paper: see `data_pipelines.tarot_rules`;
+    and features are multiplied by the transpose of the whitening matrix, so that they are not white."""
 
     @model_validator(mode="after")
     def _fits(self) -> TarotConfig:
@@ -270,10 +271,11 @@ def _whitener(s: np.ndarray, cfg: TarotConfig) -> np.ndarray:
     from posttrain.errors import DataError
 
     try:
-        return whitener(s, cfg.whiten_eps, cfg.eps_relative)
+        w = whitener(s, cfg.whiten_eps, cfg.eps_relative)
     except np.linalg.LinAlgError:
         message = f"the covariance of the features cannot be factored with whiten_eps {cfg.whiten_eps:g}"
         raise DataError(message, fix="raise `whiten_eps`, lower `features.dim`, or give more rows") from None
+    return np.ascontiguousarray(w.T) if cfg.as_published else w
 
 
 def _white(features: np.ndarray, state: Arrays) -> np.ndarray:

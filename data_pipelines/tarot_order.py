@@ -176,7 +176,7 @@ class Rules:
     def _potentials(self, ids: np.ndarray) -> np.ndarray:
         """float64[k] dual potentials of the rows in their transport to all targets."""
         space = Space(self.targets, lambda ids: self._white(self._rows.features(ids)))
-        return space.measure(space.rows(ids))[1]
+        return space.measure(ids)[1]
 
 
 def ranking(scored: Scored, state: Arrays, cfg: TarotConfig) -> Ranking:

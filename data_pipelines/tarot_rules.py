@@ -24,11 +24,13 @@ from typing import Any, Literal
 import numpy as np
 
 from data_pipelines.neighbours import Neighbours, round_robin
-from data_pipelines.ot import transport
+from data_pipelines.ot_shortlist import exact
 from data_pipelines.sinkhorn import annealed
 from posttrain.errors import ConfigError, DataError
 
 Compat = Literal["", "repo"]
+KEPT = 1 << 24
+"""Distances that are kept, 8 bytes each."""
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]
 
 
@@ -61,10 +63,32 @@ class Space:
             raise ConfigError(f"unknown compat `{compat}`; known: repo", where="compat")
         self.compat, self._features = compat, features
         self.targets = self._unit(targets)
+        self._known, self._place, self._held = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, len(self.targets)))
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Unit vectors float64[k, d]."""
         return self._unit(self._features(ids))
+
+    def distances(self, ids: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """float64[k, c] of rows to some targets; kept, since every fold asks for nearly the same rows, up to `KEPT` of them."""
+        missing = np.setdiff1d(ids, self._known)
+        if (len(self._known) + len(missing)) * len(self.targets) > KEPT:
+            return distance(self.rows(ids), self.targets[columns])
+        if len(missing):
+            self._keep(missing)
+        found: np.ndarray = self._held[np.ix_(self._place[np.searchsorted(self._known, ids)], columns)]
+        return found
+
+    def _keep(self, ids: np.ndarray) -> None:
+        """Distances of rows that were not asked for before."""
+        count = len(self._known)
+        if count + len(ids) > len(self._held):
+            held = np.empty((2 * count + len(ids), len(self.targets)))
+            held[:count], self._held = self._held[:count], held
+        self._held[count : count + len(ids)] = distance(self.rows(ids), self.targets)
+        known, place = np.concatenate([self._known, ids]), np.concatenate([self._place, np.arange(count, count + len(ids))])
+        order = np.argsort(known)
+        self._known, self._place = known[order], place[order]
 
     def _unit(self, rows: np.ndarray) -> np.ndarray:
         wide = np.asarray(rows, np.float64)
@@ -74,15 +98,15 @@ class Space:
         unit: np.ndarray = wide / np.where(norm > 0, norm, 1.0)
         return unit
 
-    def measure(self, rows: np.ndarray, columns: np.ndarray | None = None) -> tuple[float, np.ndarray]:
-        """Transport cost of unit vectors float64[k, d] to the targets (or some of them), and the rows' potentials float64[k]."""
+    def measure(self, ids: np.ndarray, columns: np.ndarray | None = None) -> tuple[float, np.ndarray]:
+        """Transport cost of rows int64[k] to the targets (or some of them), and the rows' potentials float64[k]."""
         growing = Growing(self, columns)
-        growing.add(rows)
+        growing.add(ids)
         return growing.measure()
 
 
 class Growing:
-    """A set of rows that grows, and its transport to the targets or some of them; no distance is computed twice.
+    """A set of rows that grows, and its transport to the targets or some of them; each solution begins with the prices before it.
 
     Args:
         space: where they are.
@@ -90,15 +114,18 @@ class Growing:
     """
 
     def __init__(self, space: Space, columns: np.ndarray | None = None) -> None:
-        self._repo = space.compat == "repo"
-        self._targets = space.targets if columns is None else space.targets[columns]
+        self._space, self._repo = space, space.compat == "repo"
+        self._columns = np.arange(len(space.targets)) if columns is None else columns
         self._costs: list[np.ndarray] = []
-        self._low, self._high = self._targets.min(0), self._targets.max(0)
+        self._prices: np.ndarray | None = None
+        targets = space.targets[self._columns]
+        self._low, self._high = targets.min(0), targets.max(0)
 
-    def add(self, rows: np.ndarray) -> None:
-        """Unit vectors float64[k, d]."""
-        self._costs.append(distance(rows, self._targets))
-        if self._repo and len(rows):
+    def add(self, ids: np.ndarray) -> None:
+        """Rows int64[k]."""
+        self._costs.append(self._space.distances(ids, self._columns))
+        if self._repo and len(ids):
+            rows = self._space.rows(ids)
             self._low, self._high = np.minimum(self._low, rows.min(0)), np.maximum(self._high, rows.max(0))
 
     def measure(self) -> tuple[float, np.ndarray]:
@@ -107,8 +134,9 @@ class Growing:
         if self._repo:
             value, f, _ = annealed(cost, float(np.linalg.norm(self._high - self._low)))
             return value, f
-        plan = transport(cost, form="none")
-        return plan.value, plan.f
+        found = exact(cost, self._prices)
+        self._prices = found.g
+        return found.value, found.f
 
 
 def distance(rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -222,7 +250,7 @@ def fixed(neighbours: Neighbours, space: Space, k: int, *, last: Literal["larges
     left = order[layer == full]
     if len(left):
         ids = np.concatenate([ids, _last_layer(space, left, k - len(ids), -1 if last == "largest" else 1)])
-    _, weight = space.measure(space.rows(ids))
+    _, weight = space.measure(ids)
     return Picked(ids, weight, {"layers": full, "in_last_layer": len(left), "kept_of_last_layer": len(ids) - int((layer < full).sum())})
 
 
@@ -230,7 +258,7 @@ def _last_layer(space: Space, ids: np.ndarray, wanted: int, sign: int) -> np.nda
     """The `wanted` rows with the smallest `sign` times potential, these first; ties in the order of `ids`."""
     if wanted == 0:
         return ids if space.compat == "repo" else ids[:0]
-    _, potential = space.measure(space.rows(ids))
+    _, potential = space.measure(ids)
     return ids[np.argsort(sign * potential, kind="stable")[:wanted]]
 
 
@@ -269,7 +297,7 @@ def otm(neighbours: Neighbours, space: Space, *, folds: int = 10, seed: int = 42
         raise DataError("no row has a positive cosine to any target", fix="take rule fixed")
     order, _ = round_robin(neighbours)
     ids = order[np.isin(order, union)]
-    cost, weight = space.measure(space.rows(ids))
+    cost, weight = space.measure(ids)
     sizes = [len(ids) for ids, _ in found]
     return Picked(ids, weight, {"cost": cost, "fold_rows": sizes, "fold_costs": [costs for _, costs in found]})
 
@@ -285,7 +313,7 @@ def _fold(neighbours: Neighbours, space: Space, part: np.ndarray, patience: int,
         new = np.setdiff1d(lists[positive[:, layer], layer], ids)
         if len(new):
             ids = np.concatenate([ids, new])
-            growing.add(space.rows(new))
+            growing.add(new)
         elif not repo or not len(ids):
             continue
         cost, _ = growing.measure()

@@ -15,12 +15,13 @@ of a fixed shape, so z of a row does not depend on the rows beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg.blas import dsyrk, dtrmm
 
-BLOCK = 64
+BLOCK = 256
 """Rows of one matrix product; its shape never varies."""
 
 Arrays = dict[str, np.ndarray]
@@ -37,9 +38,9 @@ def moments(blocks: Iterable[np.ndarray]) -> Arrays:
         rows = block[block.any(axis=1)].astype(np.float64)
         n, zero = n + len(rows), zero + len(block) - len(rows)
         if not total.size:
-            total, square = np.zeros(block.shape[1]), np.zeros((block.shape[1],) * 2)
+            total, square = np.zeros(block.shape[1]), np.zeros((block.shape[1],) * 2, order="F")
         total = total + rows.sum(0)
-        square += rows.T @ rows
+        square = dsyrk(1.0, rows.T, beta=1.0, c=square, overwrite_c=True)
     packed = square[np.triu_indices(len(total))] if total.size else np.zeros(0)
     return {"n": np.array([n]), "zero": np.array([zero]), "sum": total, "square": packed}
 
@@ -107,18 +108,28 @@ def whiten(features: np.ndarray, mean: np.ndarray, w: np.ndarray | None) -> np.n
         w: float64[d, d], or None for centred features without whitening.
     """
     out = np.zeros(features.shape, np.float32)
+    product = _product(w)
     block = np.zeros((BLOCK, features.shape[1]))
     for start in range(0, len(features), BLOCK):
         part = features[start : start + BLOCK]
-        block[: len(part)] = part
-        block[: len(part)] -= mean
+        np.subtract(part, mean, out=block[: len(part)])
         block[len(part) :] = 0
-        y = block if w is None else block @ w
-        norm = np.sqrt((y * y).sum(1))[: len(part), None]
-        unit = y[: len(part)] / np.where(norm > 0, norm, 1)
-        unit[~np.any(part, axis=1)] = 0
-        out[start : start + len(part)] = unit
+        block = product(block)
+        norm = np.sqrt(np.einsum("ij,ij->i", block, block))[: len(part), None]
+        np.divide(block[: len(part)], np.where(norm > 0, norm, 1), out=out[start : start + len(part)], casting="same_kind")
+        out[start : start + len(part)][~np.any(part, axis=1)] = 0
     return out
+
+
+def _product(w: np.ndarray | None) -> Callable[[np.ndarray], np.ndarray]:
+    """x -> x w, in place of x where that can be; half the work where w is triangular."""
+    if w is None:
+        return lambda block: block
+    left = np.asfortranarray(w.T)
+    for lower, zeros in ((1, np.triu(left, 1)), (0, np.tril(left, -1))):
+        if not zeros.any():
+            return lambda block: dtrmm(1.0, left, block.T, lower=lower, overwrite_b=True).T
+    return lambda block: block @ w
 
 
 def effective_rank(s: np.ndarray) -> float:

@@ -284,8 +284,8 @@ def test_problems_that_are_too_large_fall_back_or_are_refused(monkeypatch):
 
 def test_the_published_rule_takes_rows_only():
     raw, target = vectors(60), vectors(5, 1)
-    order, _ = ranked(raw, target, config(as_published=True, budget={"rows": 9}))
-    assert len(order) == 9
+    order, _ = ranked(raw, target, config(as_published=True, budget={"rows": 10}))
+    assert len(order) == 10
     with pytest.raises(ConfigError, match="a number of rows only"):
         ranked(raw, target, config(as_published=True, budget={"tokens": 9}))
 
@@ -421,3 +421,11 @@ def test_gradients_of_a_model_end_to_end(tmp_path):
         raw[::-1], tmp_path / "t.jsonl", tmp_path / "p", rows=8, features=features, whiten_eps=1.0, model=str(tmp_path / "m")
     )
     assert sorted(ids_of(tmp_path / "p")) == sorted(ids_of(tmp_path / "o")) and again["w1_picked"] == pytest.approx(summary["w1_picked"])
+
+
+def test_the_published_features_are_the_transposed_product():
+    """x L^-1, as the authors' code has it; ours x L^-T is white."""
+    raw, target = vectors(60), vectors(5, 1)
+    ours, theirs = (fitted(raw, target, config(as_published=value))["whitener"] for value in (False, True))
+    np.testing.assert_array_equal(theirs, ours.T)
+    assert np.abs(ours - theirs).max() > 0.1

@@ -70,7 +70,7 @@ def test_fixed_takes_whole_layers_then_the_largest_potentials(seed: int, k: int)
     assert sorted(picked.ids[: len(chosen)].tolist()) == sorted(chosen) and len(picked.ids) == len(set(picked.ids.tolist())) == k
     assert set(last.tolist()) <= set(layer)
     if len(last):
-        _, f = space.measure(space.rows(np.array(layer)))
+        _, f = space.measure(np.array(layer))
         potential = dict(zip(layer, f.tolist(), strict=True))
         rest = [potential[i] for i in layer if i not in last]
         assert min(potential[i] for i in last.tolist()) >= max(rest) - 1e-12
@@ -81,20 +81,20 @@ def test_fixed_takes_whole_layers_then_the_largest_potentials(seed: int, k: int)
 
 def test_measure_is_the_linear_program() -> None:
     rows, targets, _, space = setting(14, 9, 4)
-    value, f = space.measure(space.rows(np.arange(14)))
+    value, f = space.measure(np.arange(14))
     wanted, _ = w1(rows, targets)
     assert value == pytest.approx(wanted, abs=1e-7)
     cost = distance(space.rows(np.arange(14)), space.targets)
     g = (cost - f[:, None]).min(0)
     assert f.mean() + g.mean() == pytest.approx(wanted, abs=1e-7)
-    some, _ = space.measure(space.rows(np.arange(5)), np.array([1, 3, 4]))
+    some, _ = space.measure(np.arange(5), np.array([1, 3, 4]))
     assert some == pytest.approx(w1(rows[:5], targets[[1, 3, 4]])[0], abs=1e-7)
 
 
 def test_weights_are_the_potentials_of_the_whole_pick() -> None:
     _, _, lists, space = setting(60, 11, 5)
     picked = fixed(lists, space, 25)
-    np.testing.assert_array_equal(picked.weight, space.measure(space.rows(picked.ids))[1])
+    np.testing.assert_array_equal(picked.weight, space.measure(picked.ids)[1])
 
 
 def by_loops(rows: np.ndarray, targets: np.ndarray, lists: Neighbours, folds: int, seed: int, patience: int) -> set[int]:
@@ -124,7 +124,7 @@ def test_otm_keeps_the_best_layers_of_each_fold(seed: int, folds: int, patience:
     rows, targets, lists, space = setting(50, 12, 5, seed, limit=15)
     picked = otm(lists, space, folds=folds, seed=7, patience=patience)
     assert set(picked.ids.tolist()) == by_loops(rows, targets, lists, folds, 7, patience)
-    value, weight = space.measure(space.rows(picked.ids))
+    value, weight = space.measure(picked.ids)
     assert picked.facts["cost"] == pytest.approx(value) and np.array_equal(picked.weight, weight)
     assert len(picked.facts["fold_rows"]) == folds == len(picked.facts["fold_costs"])
 
