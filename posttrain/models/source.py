@@ -86,7 +86,17 @@ def resolve_model(ref: InputRef | Mapping[str, Any] | str | Path | Source | Any)
     if isinstance(ref, str | Path):
         return _from_id(str(ref), None)
     spec = ref if isinstance(ref, Mapping) else ref.dump()
-    return _from_id(*chosen_id(spec))
+    chosen, revision = chosen_id(spec)
+    try:
+        return _from_id(chosen, revision)
+    except ArtifactError as error:
+        if chosen == spec["id"]:
+            raise
+        raise ArtifactError(
+            f"{error.message}; taken in place of {spec['id']}, since the hub must not be asked (HF_HUB_OFFLINE)",
+            where=error.where,
+            fix="put it there, correct `model.offline`, or allow the hub",
+        ) from error
 
 
 def _from_artifact(folder: Path) -> Source:

@@ -41,6 +41,9 @@ class MakeArithmeticConfig(StageConfig):
     """Write operands and answers with leading zeros to a fixed width."""
     prompt: str = "{a}{op}{b}="
     """The prompt; `{a}`, `{op}`, `{b}` are replaced."""
+    answer: str = "{answer}"
+    """The gold answer; `{answer}` is replaced, and `{a}`, `{op}`, `{b}`. With `<think>{a}{op}{b}</think>\\boxed{{{answer}}}` the same
+    rows teach a format by `sft` and are verified by `math_exact`, which reads what is in the box."""
     shards: Positive = 1
     """Number of shard files."""
     split: SplitConfig = SplitConfig()
@@ -55,14 +58,18 @@ class MakeArithmeticConfig(StageConfig):
 
     @field_validator("prompt")
     @classmethod
-    def _placeholders(cls, prompt: str) -> str:
-        try:
-            names = {name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None}
-        except ValueError as error:
-            raise ValueError(f"`{prompt}` is no format text: {error}; write {{{{ and }}}} for braces") from None
-        if names != {"a", "b", "op"}:
-            raise ValueError(f"the prompt must hold {{a}}, {{op}} and {{b}} and no other placeholder, got {sorted(names)}")
+    def _prompt_holds(cls, prompt: str) -> str:
+        if _placeholders(prompt) != {"a", "b", "op"}:
+            raise ValueError(f"the prompt must hold {{a}}, {{op}} and {{b}} and no other placeholder, got {sorted(_placeholders(prompt))}")
         return prompt
+
+    @field_validator("answer")
+    @classmethod
+    def _answer_holds(cls, answer: str) -> str:
+        names = _placeholders(answer)
+        if "answer" not in names or names - {"answer", "a", "b", "op"}:
+            raise ValueError(f"the answer must hold {{answer}} and may hold {{a}}, {{op}} and {{b}}, got {sorted(names)}")
+        return answer
 
     @model_validator(mode="after")
     def _enough(self) -> MakeArithmeticConfig:
@@ -74,6 +81,13 @@ class MakeArithmeticConfig(StageConfig):
         if self.rows is None and space > ALL_ROWS_LIMIT:
             raise ValueError(f"there are {space} problems of {self.digits} digits; set `rows`")
         return self
+
+
+def _placeholders(template: str) -> set[str]:
+    try:
+        return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"`{template}` is no format text: {error}; write {{{{ and }}}} for braces") from None
 
 
 @stage("make.arithmetic", config=MakeArithmeticConfig, output="dataset", rows="verifiable", estimate=lambda cfg: {"seconds": 2.0})
@@ -108,9 +122,9 @@ def problem(index: int, cfg: MakeArithmeticConfig) -> dict[str, str]:
     op = cfg.ops[which]
     width = max(2 * cfg.digits if o == "*" else cfg.digits + 1 for o in cfg.ops) if cfg.pad else 0
     left, right = (f"{n:0{cfg.digits}d}" if cfg.pad else str(n) for n in (a, b))
-    answer = OPS[op](a, b)
+    result = OPS[op](a, b)
     return {
         "prompt": cfg.prompt.format(a=left, b=right, op=op),
-        "answer": f"{answer:0{width}d}" if cfg.pad else str(answer),
+        "answer": cfg.answer.format(a=left, b=right, op=op, answer=f"{result:0{width}d}" if cfg.pad else str(result)),
         "id": f"{a}{op}{b}",
     }

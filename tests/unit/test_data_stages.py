@@ -57,6 +57,17 @@ def test_plain_numbers_and_own_prompt(tmp_path: Path) -> None:
     assert all(str(eval(row["id"])) == row["answer"] and row["prompt"].startswith("What is ") for row in rows)
 
 
+def test_own_answer(tmp_path: Path) -> None:
+    """The same problems, with their answers inside a text that a verifier can read."""
+    plain = made(make_tasks, MakeArithmeticConfig(name="t", rows=25), tmp_path / "plain")[1]
+    boxed = made(
+        make_tasks, MakeArithmeticConfig(name="t", rows=25, answer=r"<think>{a}{op}{b}</think>\boxed{{{answer}}}"), tmp_path / "own"
+    )[1]
+    for one, other in zip(plain, boxed, strict=True):
+        assert other["answer"] == f"<think>{one['prompt'].removesuffix('=')}</think>\\boxed{{{one['answer']}}}"
+        assert (one["prompt"], one["id"]) == (other["prompt"], other["id"])
+
+
 def test_the_seed_decides_the_bytes(tmp_path: Path) -> None:
     config = MakeArithmeticConfig(name="t", rows=50)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -72,6 +83,9 @@ def test_the_seed_decides_the_bytes(tmp_path: Path) -> None:
         ({"ops": ["+", "+"]}, "listed twice"),
         ({"prompt": "{a}+{b}="}, "must hold {a}, {op} and {b}"),
         ({"prompt": "{a"}, "no format text"),
+        ({"answer": "{a}"}, "must hold {answer}"),
+        ({"answer": "{answer} {c}"}, "must hold {answer}"),
+        ({"answer": "{answer"}, "no format text"),
     ],
 )
 def test_problem_configs_are_checked(fields: dict[str, Any], words: str) -> None:

@@ -76,6 +76,9 @@ def test_offline_takes_the_place_of_a_hub_id(monkeypatch: pytest.MonkeyPatch, sh
     spec = {"id": "owner/name", "revision": REVISION, "offline": str(sharded)}
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert chosen_id(spec) == (str(sharded), None)
+    with pytest.raises(ArtifactError, match="owner/name, since the hub must not be asked") as caught:
+        resolve_model({**spec, "offline": "./absent"})
+    assert "model.offline" in caught.value.fix
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     assert chosen_id(spec) == ("owner/name", REVISION)
