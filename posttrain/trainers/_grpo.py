@@ -28,6 +28,7 @@ from trl.trainer.utils import RepeatSampler
 from posttrain.errors import RewardError, RolloutError
 from posttrain.rollout.base import Request, RolloutEngine, Sampling, request_seed
 from posttrain.trainers._grpo_config import DynamicConfig
+from posttrain.trainers._grpo_fast import WithFast
 from posttrain.trainers._grpo_metrics import Measured
 from posttrain.trainers._grpo_sampling import PASS, ROW_ID, TAG, DynamicSampler
 from posttrain.trainers._grpo_terms import WithTerms
@@ -76,7 +77,7 @@ class _SkipMasked(TrainerCallback):
         self._trainer._metrics["train"]["steps_skipped"].append(float(items == 0))
 
 
-class GRPOTrainer(Measured, WithTerms, Reliable, trl.GRPOTrainer):
+class GRPOTrainer(Measured, WithTerms, WithFast, Reliable, trl.GRPOTrainer):
     """TRL's GRPOTrainer with complete checkpoints, the numerics guard, preemption, events, our rollout engines and terms.
 
     Its constructor is TRL's, plus:
@@ -84,6 +85,7 @@ class GRPOTrainer(Measured, WithTerms, Reliable, trl.GRPOTrainer):
     Args:
         events: see Reliable.
         terms: see WithTerms; None adds nothing to TRL.
+        fast: see WithFast; False forwards with TRL.
         engine: None samples with TRL's own generation (neutral: every number is TRL's). Else a function
             (live model, tokenizer) -> RolloutEngine, e.g. `posttrain.rollout.hf.HFEngine`.
         correction: `none`, `token_truncate` or `sequence_mask`; see the module.

@@ -112,6 +112,9 @@ def check_terms(cfg: GRPOStage) -> None:
     problem = dynamic_problem(cfg.dynamic, cfg.num_iterations, cfg.scale_rewards, cfg.trl) if cfg.dynamic else None
     if problem:
         raise ValueError(f"dynamic: {problem}")
+    problem = fast_problem(cfg.trl) if cfg.fast == "on" else None
+    if problem:
+        raise ValueError(f"fast: {problem}")
 
 
 def dynamic_problem(dynamic: DynamicConfig, num_iterations: int, scale_rewards: str, block: Mapping[str, Any]) -> str | None:
@@ -130,6 +133,32 @@ def dynamic_problem(dynamic: DynamicConfig, num_iterations: int, scale_rewards: 
         return "old_logps: none needs num_iterations: 1, since later updates have no probability to compare with; use recompute"
     if dynamic.recover and block.get("sync_ref_model"):
         return "sync_ref_model changes the reference of groups that wait; set recover: false or leave it out"
+    return None
+
+
+FAST_LACKS: dict[str, Any] = {
+    "top_entropy_quantile": 1.0,
+    "off_policy_mask_threshold": None,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "cast_lm_head_to_fp32": False,
+    "tools": None,
+}
+"""Fields of TRL's config that `fast: on` does not read -> their neutral values."""
+
+
+def fast_problem(block: Mapping[str, Any]) -> str | None:
+    """What `fast: on` cannot be combined with, and what to do instead; None where all is well.
+
+    Args:
+        block: TRL fields, those that are set.
+    """
+    lacking = next((name for name, neutral in FAST_LACKS.items() if block.get(name, neutral) != neutral), None)
+    if lacking:
+        instead = "use our `entropy`" if lacking in ("entropy_coef", "use_adaptive_entropy") else "remove it"
+        return f"trl.{lacking} is not supported; {instead}, or set fast: off"
+    if (block.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant"):
+        return "trl.gradient_checkpointing_kwargs: use_reentrant: true loses the gradient of shared prompts; use false"
     return None
 
 

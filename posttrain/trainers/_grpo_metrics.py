@@ -33,6 +33,7 @@ Of every optimizer step:
     seconds/optimizer               the update
     useful_tokens_per_s             completion tokens of completions whose advantage is not 0, over the seconds of all phases
     steps_skipped                   1 where every completion was masked
+    fast/positions                  positions forwarded in training over those of the padded batch       with `fast: on`
 
 On a GPU, work that is still queued is charged to the phase that waits for it.
 """

@@ -192,6 +192,7 @@ def build(
             peft_config=peft_config(cfg.lora, loaded.model),
             events=ctx.events,
             terms=terms_of(cfg),
+            fast=cfg.fast == "on",
             dynamic=cfg.dynamic,
             prompts=(every_row(range(len(rows))), ctx.seed) if cfg.dynamic else None,
             engine=partial(HFEngine, max_batch=rollout.batch) if rollout.engine == "hf" else None,
@@ -217,16 +218,8 @@ def last_samples(trainer: GRPOTrainer, limit: int = 8) -> list[dict[str, Any]]:
     ][:limit]
 
 
-def _refuse_missing(cfg: GRPOStage, where: str) -> None:
-    """Fields of the grammar without a trainer part behind them."""
-    for name, given in (("fast", cfg.fast == "on"),):
-        if given:
-            raise ConfigError(f"{name} is not supported by this version", where=f"{where}.{name}", fix="remove it")
-
-
 def run_grpo(cfg: GRPOStage, ctx: StageContext) -> None:
     """The stage `grpo`; see `grpo.py`."""
-    _refuse_missing(cfg, f"stages.{ctx.name}")
     for use in cfg.rewards:
         find_reward(use.use)
     rows = training_rows(ctx, "data")
@@ -243,11 +236,10 @@ def run_grpo(cfg: GRPOStage, ctx: StageContext) -> None:
     trainer, plan = build(cfg, ctx, loaded, rows, prompt_ids, report["format"] == "chat")
     describe(ctx, plan, f"completions in groups of {cfg.group}")
     where = f"stages.{ctx.name}"
-    if cfg.rollout.engine == "hf" and is_sharded(trainer, where):
+    whole = "the hf engine samples from" if cfg.rollout.engine == "hf" else "fast: on forwards" if cfg.fast == "on" else ""
+    if whole and is_sharded(trainer, where):
         raise ConfigError(
-            "the hf engine samples from whole weights, these are sharded (FSDP, ZeRO-3)",
-            where=f"{where}.launch",
-            fix="use ddp.yaml or zero2.yaml",
+            f"{whole} whole weights, these are sharded (FSDP, ZeRO-3)", where=f"{where}.launch", fix="use ddp.yaml or zero2.yaml"
         )
     failures(reset=True)
     train_and_commit(trainer, cfg, ctx, loaded)

@@ -267,6 +267,8 @@ def test_two_processes_equal_one(tiny_model_dir: Path, tmp_path: Path) -> None:
         "batch": {},
         "lagged": {"entropy": {"target": 1.0, "coeff": 0.5, "level": "lagged"}},
         "one-pass": {"batch": {"rows": 16, "per_device": 8}},
+        "fast": {"fast": "on"},
+        "fast-plain": {"fast": "on", "entropy": None, "rewards": [{"use": "length"}, {"use": "boxed_format"}]},
     }
     specs = []
     for name, more in cases.items():
@@ -336,7 +338,8 @@ def test_stage_with_all_terms(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert len(steps) == 4
     names = set().union(*steps)
     assert names >= {
-        "group/pass_rate", "group/all_correct", "group/all_wrong", "gate/length", "hardness/mean", "advantage/max", "entropy/mean",
+        "group/pass_rate", "group/all_correct", "group/mostly_correct", "group/mostly_wrong", "group/all_wrong", "gate/length",
+        "entropy/sequence_min", "entropy/sequence_max", "hardness/mean", "advantage/max", "entropy/mean",
         "entropy/gap", "entropy/push", "mismatch/mean", "mismatch/max", "mismatch/kl", "completions/p50_length", "completions/p95_length",
         "completions/clipped_ratio", "seconds/generate", "seconds/reward", "seconds/forward_backward", "seconds/optimizer",
         "useful_tokens_per_s", "clip_ratio/high_mean", "reward", "entropy", "grad_norm",

@@ -39,21 +39,24 @@ def reference(
     tokens: float,
     old: bool = True,
     unbiased: bool = True,
+    level: str = "token",
+    delta: float = math.inf,
 ) -> dict[str, float]:
     """The module's formula, one token after another."""
     total, clipped, count = 0.0, {"low": 0, "high": 0}, 0
     for i in range(len(x["logps"])):
         summed, length = 0.0, x["mask"][i].sum()
+        mean = ((x["logps"] - x["old"])[i] * x["mask"][i]).sum() / max(length, 1)
         for t in range(x["logps"].shape[1]):
             if not x["mask"][i, t]:
                 continue
             logp, advantage = x["logps"][i, t], x["advantages"][i]
-            ratio = math.exp(logp - (x["old"][i, t] if old else logp))
+            ratio = math.exp(mean if level == "sequence" else logp - (x["old"][i, t] if old else logp))
             if loss_type == "cispo":
                 value = -min(ratio, high) * advantage * logp
                 clipped["high"] += ratio > high and advantage > 0
             else:
-                value = -min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+                value = -min(min(ratio, delta) * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
                 clipped["low"] += ratio < 1 - low and advantage < 0
                 clipped["high"] += ratio > 1 + high and advantage > 0
             gap = x["ref"][i, t] - logp
@@ -90,6 +93,18 @@ def test_value_and_shares_equal_the_loop(loss_type: str, seed: int, unbiased: bo
     assert (sums["clip_low"].item(), sums["clip_high"].item()) == (expected["low"], expected["high"])
     assert sums["clip_high"].item() > 0
     assert sums["clip_low"].item() > 0 or loss_type == "cispo"
+
+
+@pytest.mark.parametrize("loss_type", TYPES)
+@pytest.mark.parametrize("options", [{"level": "sequence"}, {"delta": 1.1}, {"level": "sequence", "delta": 1.02}])
+def test_ratios_of_sequences_and_the_upper_bound_equal_the_loop(loss_type: str, options: dict[str, Any]) -> None:
+    x = sample(2)
+    loss, sums = ours(x, loss_type, epsilon=0.2, epsilon_high=0.28, beta=0.07, **options)
+    assert loss.item() == pytest.approx(reference(x, loss_type, 0.2, 0.28, 0.07, 8, 30, **options)["loss"], rel=1e-12)
+    assert loss.item() != pytest.approx(ours(x, loss_type, epsilon=0.2, epsilon_high=0.28, beta=0.07)[0].item(), rel=1e-3) or (
+        loss_type == "cispo" and "level" not in options
+    )
+    assert sums["count"].item() == (8 if "level" in options else 30)
 
 
 @pytest.mark.parametrize("loss_type", TYPES)

@@ -16,15 +16,18 @@ def inputs(dtype: Any, bias: bool = True) -> Any:
     return hidden, weight, torch.randint(11, (7,), generator=generator), shift if bias else None
 
 
-def plain(hidden: Any, weight: Any, targets: Any, bias: Any, temperature: float) -> Any:
-    found = torch.log_softmax(torch.nn.functional.linear(hidden, weight, bias) / temperature, dim=-1)
+def plain(hidden: Any, weight: Any, targets: Any, bias: Any, temperature: float, scale: float = 1.0, softcap: Any = None) -> Any:
+    logits = scale * torch.nn.functional.linear(hidden, weight, bias)
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    found = torch.log_softmax(logits / temperature, dim=-1)
     return found.gather(1, targets[:, None]).squeeze(1), -(found.exp() * found).sum(dim=1)
 
 
 @pytest.mark.parametrize("keep", [0, 1 << 20], ids=["again", "kept"])
 @pytest.mark.parametrize("tile", [11, 33, 1 << 20])
 @pytest.mark.parametrize("wanted", ["logps", "entropies", "both"])
-def test_equals_the_plain_formula(wanted: str, tile: int, keep: int) -> None:
+@pytest.mark.parametrize("shape", [{}, {"scale": 0.125}, {"scale": 1.5, "softcap": 2.0}], ids=["plain", "scaled", "capped"])
+def test_equals_the_plain_formula(shape: dict[str, float], wanted: str, tile: int, keep: int) -> None:
     from posttrain.losses.token_logps import token_logps
 
     hidden, weight, targets, bias = inputs(torch.float64)
@@ -32,11 +35,12 @@ def test_equals_the_plain_formula(wanted: str, tile: int, keep: int) -> None:
     push[0] *= wanted != "entropies"
     push[1] *= wanted != "logps"
     results = []
-    for found in (plain(hidden, weight, targets, bias, 0.7), token_logps(hidden, weight, targets, bias, 0.7, tile=tile, keep=keep)):
+    ours = token_logps(hidden, weight, targets, bias, 0.7, tile=tile, keep=keep, **shape)
+    for found in (plain(hidden, weight, targets, bias, 0.7, **shape), ours):
         used = [value * scale for value, scale in zip(found, push, strict=True) if scale.any()]
         results.append([*found, *torch.autograd.grad(torch.stack(used).sum(), (hidden, weight, bias))])
-    for theirs, ours in zip(*results, strict=True):
-        assert torch.allclose(theirs, ours, rtol=1e-12, atol=1e-14)
+    for theirs, found in zip(*results, strict=True):
+        assert torch.allclose(theirs, found, rtol=1e-12, atol=1e-14)
 
 
 def test_gradcheck() -> None:
