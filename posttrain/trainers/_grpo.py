@@ -29,7 +29,7 @@ from posttrain.errors import RewardError, RolloutError
 from posttrain.rollout.base import Request, RolloutEngine, Sampling, request_seed
 from posttrain.trainers._grpo_config import DynamicConfig
 from posttrain.trainers._grpo_fast import WithFast
-from posttrain.trainers._grpo_metrics import Measured
+from posttrain.trainers._grpo_metrics import Measured, weight_metrics
 from posttrain.trainers._grpo_sampling import PASS, ROW_ID, TAG, DynamicSampler
 from posttrain.trainers._grpo_terms import WithTerms
 from posttrain.trainers._trl import Reliable, policy_logps
@@ -184,7 +184,15 @@ class GRPOTrainer(Measured, WithTerms, WithFast, Reliable, trl.GRPOTrainer):
             self._check_gap(gap, mask)
         if self.correction != "none":
             weights = correction_weights(gap, mask, self.correction, self.correction_cap)
+            self._measure_weights(weights, gap, mask)
             output["advantages"] = output["advantages"].unsqueeze(1) * weights
+
+    def _measure_weights(self, weights: torch.Tensor, gap: torch.Tensor, mask: torch.Tensor) -> None:
+        ratio = gap if self.correction == "token_truncate" else gap.sum(dim=1, keepdim=True).expand_as(gap)
+        kept, capped = (weights * mask).double(), (ratio.exp() > self.correction_cap) * mask
+        sums = torch.stack([mask.sum().double(), kept.sum(), kept.square().sum(), capped.sum().double()])
+        for name, value in weight_metrics(self.accelerator.reduce(sums, reduction="sum")).items():
+            self.measure(name, value)
 
     def _check_gap(self, gap: torch.Tensor, mask: torch.Tensor) -> None:
         worst, mean = gap.abs().max(), gap.abs().sum() / mask.sum().clamp(min=1)

@@ -10,15 +10,20 @@ Ours, of every batch of rollouts:
                                     gate (or `hardness.reward`) reaches its `at_least`, and no gate failed
     group/all_correct, all_wrong    share of groups with only right, only wrong completions; a group in which nothing could
                                     be judged is neither
+    group/mostly_correct, mostly_wrong   share of groups with both, and with at least half, less than half of them right
     gate/NAME                       share of completions that the gate failed
     hardness/mean                   D before normalisation, mean over groups
     advantage/{min,mean,max}        of a completion, before a correction by token
     completions/p50_length, p95_length
     rewards/unscored                completions without any reward, where there are some
+    correction/mean, correction/std, correction/ess   of the weights of `rollout.correction` on tokens: mean, standard deviation,
+                                    and effective sample size over the tokens, 1 where all weights are equal
+    correction/capped               share of tokens whose ratio was above the cap; for sequence_mask these are masked
 
 Of every optimizer step:
 
     entropy/mean, entropy/gap       H of the step's tokens, |H - target|                          with `entropy`
+    entropy/sequence_min, sequence_max   mean entropy of the completion with the lowest, the highest
     entropy/push                    coeff * side of the target: above 0 the loss lowers H         with `entropy`
     ratio/{mean,max}, ratio/kl      probability ratio to the policy before the update, and an estimate of the divergence;
                                     only where they differ: num_iterations > 1, or several steps a batch of rollouts
@@ -40,6 +45,7 @@ On a GPU, work that is still queued is charged to the phase that waits for it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -51,6 +57,8 @@ from transformers import TrainerCallback
 
 PHASES = ("generate", "reward", "logprobs", "forward_backward", "optimizer")
 SUMS = ("ratio_tokens", "ratio", "ratio_kl", "gap_tokens", "gap", "gap_kl", "useful")
+LARGEST = ("ratio_max", "gap_max", "entropy_max", "entropy_min")
+"""What is kept as a maximum over micro-batches and processes; `entropy_min` with its sign turned."""
 _Trainer: Any = object
 
 
@@ -95,7 +103,7 @@ class PhaseClock:
 
 
 def group_metrics(right: torch.Tensor, group: int) -> dict[str, float]:
-    """Pass rate and the shares of groups without a wrong and without a right completion.
+    """Pass rate, and how the pass rates of groups are spread: without a wrong, with more and with less right than wrong, without a right.
 
     Args:
         right: (R,) +1, -1, or NaN where not known.
@@ -104,25 +112,35 @@ def group_metrics(right: torch.Tensor, group: int) -> dict[str, float]:
     known = ~right.isnan()
     if not known.any():
         return {}
-    grouped, any_known = right.view(-1, group), known.view(-1, group).any(dim=1)
-    return {
-        "group/pass_rate": (right > 0).sum().item() / known.sum().item(),
-        "group/all_correct": (any_known & ~(grouped < 0).any(dim=1)).float().mean().item(),
-        "group/all_wrong": (any_known & ~(grouped > 0).any(dim=1)).float().mean().item(),
+    up, down = (right > 0).view(-1, group).sum(dim=1), (right < 0).view(-1, group).sum(dim=1)
+    mixed = (up > 0) & (down > 0)
+    shares = {
+        "all_correct": (up > 0) & (down == 0),
+        "mostly_correct": mixed & (up >= down),
+        "mostly_wrong": mixed & (up < down),
+        "all_wrong": (up == 0) & (down > 0),
     }
+    rate = (right > 0).sum().item() / known.sum().item()
+    return {"group/pass_rate": rate, **{f"group/{name}": where.float().mean().item() for name, where in shares.items()}}
 
 
-def token_sums(logps: torch.Tensor, batch: dict[str, torch.Tensor], mask: torch.Tensor, comparable: bool) -> torch.Tensor:
-    """(9,): SUMS over the tokens of a micro-batch, then the largest ratio and the largest gap.
+def token_sums(
+    logps: torch.Tensor, entropies: torch.Tensor, batch: dict[str, torch.Tensor], mask: torch.Tensor, comparable: bool
+) -> torch.Tensor:
+    """(11,): SUMS over the tokens of a micro-batch, then LARGEST.
 
     Args:
-        logps: (B, T) of the policy in training, no gradient.
+        logps, entropies: (B, T) of the policy in training, no gradient.
         batch: the micro-batch.
         mask: (B, T).
         comparable: whether the sampling distribution is the policy's own.
     """
     old, sampled = batch.get("old_per_token_logps"), batch.get("sampling_per_token_logps")
-    out = dict.fromkeys((*SUMS, "ratio_max", "gap_max"), logps.new_zeros(()))
+    out = dict.fromkeys((*SUMS, *LARGEST), logps.new_zeros(()))
+    lengths = mask.sum(dim=1)
+    means = (entropies * mask).sum(dim=1)[lengths > 0] / lengths[lengths > 0]
+    empty = logps.new_full((1,), -torch.inf)
+    out |= {"entropy_max": torch.cat([means, empty]).max(), "entropy_min": torch.cat([-means, empty]).max()}
     if old is not None:
         change = (logps - old) * mask
         ratio = change.exp()
@@ -180,7 +198,8 @@ class Measured(_Trainer):
         loss = super()._compute_loss(model, inputs)
         if self.model.training and self._kept:
             with torch.no_grad():
-                sums = token_sums(self._kept[0].detach(), inputs, loss_mask(inputs), self.top_p >= 1 and not self.top_k)
+                logps, entropies = (kept.detach() for kept in self._kept[:2])
+                sums = token_sums(logps, entropies, inputs, loss_mask(inputs), self.top_p >= 1 and not self.top_k)
             self._sums = sums if self._sums is None else add_sums(self._sums, sums)
         self._kept = ()
         return loss
@@ -196,7 +215,10 @@ class Measured(_Trainer):
         first, *others = self.accelerator.gather(kept.unsqueeze(0)).unbind()
         for other in others:
             first = add_sums(first, other)
-        found = dict(zip((*SUMS, "ratio_max", "gap_max"), first.tolist(), strict=True))
+        found = dict(zip((*SUMS, *LARGEST), first.tolist(), strict=True))
+        for name, value in (("min", -found["entropy_min"]), ("max", found["entropy_max"])):
+            if math.isfinite(value):
+                self.measure(f"entropy/sequence_{name}", value)
         for kind, label in (("ratio", "ratio"), ("gap", "mismatch")):
             tokens = found[f"{kind}_tokens"]
             if tokens:
@@ -204,6 +226,24 @@ class Measured(_Trainer):
                 self.measure(f"{label}/kl", found[f"{kind}_kl"] / tokens)
                 self.measure(f"{label}/max", found[f"{kind}_max"])
         self.measure("useful_tokens_per_s", found["useful"] / max(sum(seconds.values()), 1e-9))
+
+
+def weight_metrics(sums: torch.Tensor) -> dict[str, float]:
+    """Metrics of correction weights.
+
+    Args:
+        sums: (4,) tokens, sum of their weights, of the squares, tokens above the cap; over all processes.
+    """
+    tokens, total, squares, capped = sums.tolist()
+    if not tokens:
+        return {}
+    mean, square = total / tokens, squares / tokens
+    return {
+        "correction/mean": mean,
+        "correction/std": max(square - mean * mean, 0.0) ** 0.5,
+        "correction/ess": mean * mean / square if square else 0.0,
+        "correction/capped": capped / tokens,
+    }
 
 
 def add_sums(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -102,6 +102,13 @@ def test_correction_equals_trls_own(tiny_model_dir: Path, tmp_path: Path) -> Non
         )
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-6, abs=1e-9)
         assert (ratio == 0).any() or mode == "token_truncate"
+        trainer.correction, trainer.correction_cap = mode, cap
+        trainer._measure_weights(correction_weights(gap, mask, mode, cap), gap, mask)
+        seen = {name: trainer._metrics["train"][f"correction/{name}"][-1] for name in ("mean", "capped", "ess")}
+        kept = ratio.expand_as(gap)[mask.bool()]
+        capped = kept == (cap if mode == "token_truncate" else 0)
+        ess = kept.mean() ** 2 / kept.square().mean()
+        assert seen == pytest.approx({"mean": kept.mean().item(), "capped": capped.float().mean().item(), "ess": ess.item()}, rel=1e-5)
 
 
 def test_correction_off_policy_by_nothing_changes_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -112,6 +119,8 @@ def test_correction_off_policy_by_nothing_changes_nothing(tiny_model_dir: Path, 
         trainer = grpo_trainer(GRPOTrainer, tiny_model_dir, tmp_path / mode, extra={"engine": engine(), "correction": mode}, max_steps=2)
         trainer.train()
         losses.append([value for pair in curve(trainer) for value in pair])
+        seen = [item["correction/mean"] for item in trainer.state.log_history if "correction/mean" in item]
+        assert seen == ([] if mode == "none" else pytest.approx([1.0, 1.0], abs=1e-5))
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert losses[2] == pytest.approx(losses[0], abs=1e-5)
 
