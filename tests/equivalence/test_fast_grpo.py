@@ -122,6 +122,27 @@ def test_architectures(tokenizer: Any, tmp_path: Path, name: str, checkpointing:
     assert bool(trainers[1].form.reason) is (trainers[1].form.share_within != math.inf)
 
 
+@pytest.mark.parametrize("share", [0, math.inf], ids=["whole", "shared"])
+@pytest.mark.parametrize("overhead", [0.0, 5.0, 1e6])
+def test_every_layout_gives_the_same(pairs: dict[Any, tuple[Any, Any]], tokenizer: Any, overhead: float, share: float) -> None:
+    """From one block a length to one for all rows; rows in the order of the tape, and in another."""
+    from posttrain.trainers._grpo_fast_check import Form
+
+    trainers = pairs[torch.float64]
+    before = trainers[1].form, trainers[1]._overhead
+    trainers[1].form, trainers[1]._overhead = Form(share, ""), overhead
+    try:
+        for seed in range(3):
+            batch = prepared(trainers, make_tape(len(tokenizer), seed=seed, dtype=torch.float64), CASES["clip-higher"])
+            order = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
+            mixed = {name: value[order] if value.dim() else value for name, value in batch.items()}
+            expected = step_of(trainers[0], batch)[1]
+            for given in (batch, mixed):
+                assert gap(expected, step_of(trainers[1], given)[1]) < 1e-10
+    finally:
+        trainers[1].form, trainers[1]._overhead = before
+
+
 def test_adapters(tokenizer: Any, tmp_path: Path) -> None:
     """LoRA with a reference: the reference is the model without the adapter, also through our forward pass."""
     from posttrain.trainers._trl import policy_logps
