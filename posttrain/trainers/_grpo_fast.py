@@ -9,8 +9,11 @@ What TRL's step computes and does not need, and what stands in its place:
 
 Rows move between the micro-batches of one step, never between steps. They stay where they are if the loss depends on what
 a micro-batch holds: loss_type bnpo, entropy.level micro. The sums are TRL's in another order: the same loss, gradient and
-metrics up to rounding. What a model cannot do is found out on the model itself when the trainer is built, see
-`_grpo_fast_check.py`.
+metrics up to rounding; only the noise of dropout, where there is some, is drawn for other positions. What a model cannot do is
+found out on the model itself when the trainer is built, see `_grpo_fast_check.py`.
+
+Rewards are not computed beside the next rollout: without dynamic sampling that rollout's policy depends on them, with it
+whether there is one.
 """
 
 from __future__ import annotations
