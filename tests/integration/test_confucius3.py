@@ -1,11 +1,14 @@
-"""The recipe of Confucius3-Math: its file says what the paper says, and its three stages run in small with every term on."""
+"""The recipe of Confucius3-Math: its file says what the paper says, and its three stages run in small with every term on;
+and what docs/rl.md says of both is so."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 pytest.importorskip("torch")
 pytest.importorskip("math_verify")
@@ -117,3 +120,34 @@ def test_samples_for_the_report_have_their_rewards_by_part(run: dict[str, StageR
         assert run[name].summary["reward_failures"] == {}
     report = (run["rl_long"].folder.parent.parent / "report.html").read_text(encoding="utf-8")
     assert "think_format/format" in report and "dynamic/recovered_share" in report
+
+
+DOC = (REPO / "docs" / "rl.md").read_text(encoding="utf-8")
+ELSEWHERE = re.compile(r"ratio/|correction/|kl$|seconds/logprobs$|gate/NAME|rewards?/NAME/")
+"""Metrics of settings that the small recipe does not have, and patterns of names."""
+
+
+def test_the_document_names_metrics_that_are_logged(run: dict[str, StageRecord]) -> None:
+    rows = re.search(r"^\| metric \| is \|\n(.*?)\n\n", DOC, re.DOTALL | re.MULTILINE)
+    assert rows
+    named = {name for row in rows[1].splitlines()[1:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+    logged = set().union(*(values(record) for name, record in run.items() if name.startswith("rl_")))
+    assert len(named) > 60
+    assert {name for name in named - logged if not ELSEWHERE.match(name)} == set()
+    ours = {name for name in logged if re.match(r"group/|gate/|hardness/|entropy/|dynamic/|mismatch/|seconds/|useful|advantage/", name)}
+    assert {name for name in ours - named if not name.startswith("gate/")} == set()
+
+
+def test_the_blocks_and_commands_of_the_document_are_valid() -> None:
+    from posttrain.trainers.grpo import GRPOStage
+
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", DOC, re.DOTALL | re.MULTILINE)
+    parsed = [yaml.safe_load(text) for kind, text in blocks if kind == "yaml"]
+    assert len(parsed) >= 4
+    for block in parsed:
+        fields = block[0] if isinstance(block, list) else {"name": "rl", "steps": 1, **block}
+        assert GRPOStage.model_validate(fields).method == "grpo"
+    commands = [line for kind, text in blocks if kind == "bash" for line in text.splitlines() if line.startswith("posttrain ")]
+    assert len(commands) >= 3
+    for command in commands:
+        assert main(["validate", str(REPO / command.split()[2])]) == 0
