@@ -95,7 +95,11 @@ class _Wirer:
         return None
 
     def _check_part(self, path: str, owner: str, name: str, part: str, split: Any) -> None:
-        if part in ("validation", "test") and isinstance(split, SplitConfig) and not getattr(split, part):
+        if part not in ("validation", "test"):
+            return
+        if not isinstance(split, SplitConfig):
+            self.add(path, f"`{name}` keeps no {part} rows", f"refer to the {part} part of the source or stage that its rows come from")
+        elif not getattr(split, part):
             self.add(path, f"`{name}` keeps no {part} rows", f"set `{owner}.{part}`, e.g. to 0.1")
 
     def pipeline_model(self, port: str) -> InputRef:

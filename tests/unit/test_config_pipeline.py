@@ -82,6 +82,13 @@ def test_a_stage_can_make_the_tasks() -> None:
         data_ref("zzz", pipeline, port="eval.x")
 
 
+def test_rows_that_a_stage_picked_have_no_held_out_part() -> None:
+    name = _parse().stages[0].name
+    with pytest.raises(ConfigError, match=f"`{name}` keeps no validation rows") as error:
+        _parse(BASE.replace("'tasks:validation'", f"'{name}:validation'"))
+    assert "source or stage that its rows come from" in str(error.value)
+
+
 def test_dump_and_parse_again_is_the_same() -> None:
     pipeline = _parse()
     again = parse_pipeline(json.loads(json.dumps(pipeline.dump())), None)
