@@ -8,34 +8,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import model_validator
-
-from posttrain.config.common import TrainConfig
 from posttrain.core.context import StageContext
 from posttrain.core.registry import data_port, model_port, stage
+from posttrain.trainers._supervised import SupervisedConfig, estimate
 
 
-class SFTStage(TrainConfig):
+class SFTStage(SupervisedConfig):
     """Fields of `method: sft`."""
 
     method: Literal["sft"] = "sft"
     """Supervised fine-tuning."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SFTStage:
-        if self.data.weights == "loss" and self.data.packing:
-            raise ValueError("data.weights: loss needs one row a sequence; set data.packing: false")
-        if self.batch.tokens is not None and not self.data.packing:
-            raise ValueError("batch.tokens needs data.packing: true (sequences of equal length); else give batch.rows")
-        return self
-
-
-def estimate(cfg: SFTStage) -> dict[str, float]:
-    """Upper bound of the tokens of a run given by `steps`."""
-    if cfg.steps is None:
-        return {}
-    rows = cfg.batch.rows or cfg.batch.per_device
-    return {"tokens": cfg.steps * (cfg.batch.tokens or rows * cfg.data.max_length)}
 
 
 @stage(
