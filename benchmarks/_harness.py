@@ -192,9 +192,15 @@ def _file_name(name: str, args: argparse.Namespace) -> str:
     return f"{name}.quick" if args.quick else name
 
 
+def _told(argv: list[str]) -> list[str]:
+    """Arguments without folders, which are of this machine only."""
+    kept = [word for word, before in zip(argv, ["", *argv], strict=False) if "--out" not in (word, before)]
+    return [Path(word).name if word.startswith("/") else word for word in kept if not word.startswith("--out=")]
+
+
 def finish(name: str, result: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Adds machine and command, writes `OUT/NAME.json` and prints the record as the last line."""
-    command = "python " + " ".join([f"benchmarks/{name}.py", *sys.argv[1:]])
+    command = "python " + " ".join([f"benchmarks/{name}.py", *_told(sys.argv[1:])])
     record = {"name": name, "quick": bool(args.quick), "command": command, "machine": machine(), **result}
     write_json(Path(args.out) / f"{_file_name(name, args)}.json", record)
     print(dumps(record), flush=True)

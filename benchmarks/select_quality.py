@@ -282,9 +282,10 @@ def acceptance(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def chosen(args: argparse.Namespace) -> list[tuple[str, str]]:
     """(variant, arm) of the command line; `random` always among them."""
     usual = [name for name, arm in ARMS.items() if arm.vectors != "minilm" and not (args.quick and arm.slow)]
-    arms = args.arms.split(",") if args.arms else usual
-    if unknown := [arm for arm in arms if arm not in ARMS]:
+    arms, without = args.arms.split(",") if args.arms else usual, args.without.split(",") if args.without else []
+    if unknown := [arm for arm in (*arms, *without) if arm not in ARMS]:
         sys.exit(f"unknown arms {unknown}; known: {', '.join(ARMS)}")
+    arms = [arm for arm in arms if arm not in without]
     arms = [arm for arm in ARMS if arm in {*arms, "random", "random again"}]
     variants = args.variants.split(",") if args.variants else VARIANTS[: 1 if args.quick else None]
     return [(variant, arm) for variant in variants for arm in arms if args.arms or variant in (ARMS[arm].only or VARIANTS)]
@@ -304,6 +305,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "help": "`transformer`: a small Qwen2 as well, about a minute a cell",
         },
         arms={"default": "", "help": "comma-separated; default all but those of minilm, whose vectors take ten minutes a seed"},
+        without={"default": "", "help": "comma-separated arms to leave out"},
         variants={"default": "", "help": "comma-separated; default all, with --quick the first"},
         work={"type": Path, "default": work, "help": "folder of corpora and shards"},
     )
