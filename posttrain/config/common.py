@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from posttrain.config.base import REPORT_ONLY, ModelId, Name, PathStr, Positive, Share, Strict
+from posttrain.config.optim import OptimConfig
 
 RowType = Literal["text", "prompt", "messages", "preference", "verifiable"]
 """`text`: {text}; `prompt`: {prompt}; `messages`: {messages}; `preference`: {prompt, chosen, rejected};
@@ -131,35 +132,6 @@ class DataConfig(Strict):
         odd = [token for token in self.add_tokens if not token.strip() or self.add_tokens.count(token) > 1]
         if odd:
             raise ValueError(f"add_tokens: {odd[0]!r} is blank or named twice")
-        return self
-
-
-class OptimConfig(Strict):
-    """Optimizer and schedule."""
-
-    name: Literal["adamw"] = "adamw"
-    """Optimizer; `adamw` is torch's."""
-    lr: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "cosine"
-    """transformers' `lr_scheduler_type`."""
-    warmup: Annotated[float, Field(ge=0)] = 0.03
-    """Below 1: share of the steps; from 1: number of steps, fewer than all. `constant` has none."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """First-moment decay."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Second-moment decay."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the second moment."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Global gradient-norm clip."""
-
-    @model_validator(mode="after")
-    def _no_warmup_ignored(self) -> OptimConfig:
-        if self.schedule == "constant" and self.warmup and "warmup" in self.model_fields_set:
-            raise ValueError("schedule: constant has no warm-up; use constant_with_warmup, or set warmup: 0")
         return self
 
 

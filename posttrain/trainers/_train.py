@@ -34,6 +34,7 @@ from posttrain.models.tokens import add_tokens, token_rows
 from posttrain.rollout.base import request_seed
 from posttrain.trainers._checkpoint import read_checkpoint
 from posttrain.trainers._fields import check_trl_fields, owned_fields
+from posttrain.trainers._optim import choose_optimizer
 from posttrain.trainers._watch import evaluate_around, kept_folder, watch
 
 
@@ -287,6 +288,7 @@ def train_and_commit(trainer: Any, cfg: TrainConfig, ctx: StageContext, loaded: 
     count = check_trainable(trainer.model, f"{where}.lora")
     base = loaded.base if attached(loaded.model) else loaded.source
     ctx.events.log(f"{count:,} trainable parameters")
+    choose_optimizer(trainer, cfg, ctx)
     watch(cfg, ctx, trainer, loaded.tokenizer)
     start = time.monotonic()
     stopped = kept_folder(ctx.work, "stop") if cfg.stop else None

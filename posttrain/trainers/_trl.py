@@ -37,6 +37,7 @@ from transformers.trainer_utils import TrainOutput
 
 from posttrain.trainers._checkpoint import Checkpoint, clear, latest_complete, mark_complete, read_checkpoint, rotate, save_errors
 from posttrain.trainers._guard import StopSignal, bad_names, caught_signals, gradient_norms, numerics_error
+from posttrain.trainers._optim import optimizer_figures
 
 if TYPE_CHECKING:
     from posttrain.core.events import Events
@@ -173,6 +174,8 @@ class NumericsGuard(_Trainer):
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:
+            self._gradient_norms = gradient_norms(model)
         norm = super()._get_grad_norm(model, grad_norm)
         losses, self._window_losses = torch.stack([loss.float().mean() for loss in self._window_losses]), []
         norm_value = torch.as_tensor(norm, dtype=torch.float32, device=losses.device)
@@ -225,6 +228,11 @@ class Reliable(SafeCheckpoint, NumericsGuard):
         """Seconds of training so far; subclasses add to it."""
         values, tensors = super().own_state()
         return {**values, "seconds": self.seconds_trained()}, tensors
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL's log, with what an optimizer of ours tells of the steps that a training log is about."""
+        figures = optimizer_figures(self.optimizer) if "loss" in logs else {}
+        super().log({**logs, **figures}, *args, **kwargs)
 
     def seconds_trained(self) -> float:
         """Seconds of training so far, those of earlier attempts included."""

@@ -23,6 +23,8 @@ NEVER: dict[str, tuple[str, ...]] = {
     "posttrain.cli": (*HEAVY, "posttrain.trainers"),
     "posttrain.config.*": HEAVY,
     "posttrain.core.*": HEAVY,
+    "posttrain.losses.*": ("transformers", "trl", "vllm"),
+    "posttrain.optim.*": ("transformers", "trl", "vllm"),
     "posttrain.rewards.*": ("torch", "transformers", "trl", "vllm"),
     "posttrain.rollout.*": ("trl", "posttrain.trainers"),
     "posttrain.rollout.base": ("torch", "vllm", "transformers"),
