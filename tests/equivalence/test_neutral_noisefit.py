@@ -21,9 +21,10 @@ def model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return deep_model(tiny_model_dir, tmp_path_factory.mktemp("deep") / "model")
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("noise", [{"passes": 0}, {"ce_weight": 1.0, "consistency_weight": 0.0}], ids=["no-passes", "no-terms"])
-def test_ten_neutral_steps_equal_trl_bitwise(tiny_model_dir: Path, tmp_path: Path, noise: dict[str, Any], adapter: bool) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "noise"), [(False, {"passes": 0}), (True, {"ce_weight": 1.0, "consistency_weight": 0.0})], ids=["full", "lora"]
+)
+def test_ten_neutral_steps_equal_trl_bitwise(tiny_model_dir: Path, tmp_path: Path, adapter: bool, noise: dict[str, Any]) -> None:
     import trl
 
     seen: list[Any] = []
@@ -134,20 +135,23 @@ def test_noise_is_new_each_step_and_the_same_again(model_dir: Path, tmp_path: Pa
 
 
 def test_noise_does_not_depend_on_neighbours_or_padding(model_dir: Path, tmp_path: Path) -> None:
-    """The rows of a micro-batch one by one, each in its place in the step, have the same losses."""
+    """The rows of a micro-batch one by one, each in its place in the step, have the same losses; weights multiply a row's."""
     trainer = noise_trainer(model_dir, tmp_path, **NOISE)
     trainer.model.double()
+    row_weights = torch.tensor([2.0, 0.0, 1.0, 0.5])
+    weighted, _ = loss_and_gradient(trainer, {**batch_of(trainer), "loss_weight": row_weights}, items=50)
     whole, gradient = loss_and_gradient(trainer, batch_of(trainer), items=50)
     trainer.args.per_device_train_batch_size = 1
     trainer.model.zero_grad()
     trainer._at = (-1, -1)
-    parts = 0.0
+    parts = []
     with trainer.injector.installed():
         for row in range(3, 7):
             loss = trainer.compute_loss(trainer.model, batch_of(trainer, range(row, row + 1)), num_items_in_batch=50)
             loss.backward()
-            parts += loss.item()
-    assert parts == pytest.approx(whole.item(), rel=1e-6)
+            parts.append(loss.item())
+    assert sum(parts) == pytest.approx(whole.item(), rel=1e-6)
+    assert weighted.item() == pytest.approx(sum(w * part for w, part in zip(row_weights.tolist(), parts, strict=True)), rel=1e-6)
     assert gap({name: p.grad for name, p in trainer.model.named_parameters()}, gradient) < 1e-6
 
 
@@ -208,8 +212,7 @@ def test_hooks_are_gone_after_training_and_after_an_error(model_dir: Path, tmp_p
 
     from posttrain.core.events import Events
 
-    trainer = noise_trainer(model_dir, tmp_path, args={"max_steps": 2}, **NOISE)
-    plain = trainer.model.eval()(**{**batch_of(trainer), "labels": None}).logits
+    trainer = noise_trainer(model_dir, tmp_path, args={"max_steps": 1}, **NOISE)
     trainer.train()
     stopped = noise_trainer(model_dir, tmp_path, events=Events(None), args={"max_steps": 2}, **NOISE)
     stopped.events.sinks.append(at_step(1, interrupt))
@@ -218,7 +221,6 @@ def test_hooks_are_gone_after_training_and_after_an_error(model_dir: Path, tmp_p
     for done in (trainer, stopped):
         assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in done.injector.layers)
         assert done.injector.work is None
-    assert plain.shape[-1] == trainer.model.config.vocab_size
 
 
 def test_evaluation_in_the_middle_is_without_noise(model_dir: Path, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_layers_that_the_model_lacks_are_refused(model_dir: Path, tmp_path: Path
 
 @pytest.mark.multiproc
 def test_two_processes_equal_one(model_dir: Path, tmp_path: Path) -> None:
-    """Both rules; rank 1's own choice is spoilt, so that only rank 0's can have been used."""
+    """Both rules; rank 1's own choice is spoilt, so that only rank 0's can have been used. And FSDP2's split weights equal whole ones."""
     fields = {"snr": BASE["noise"], "auto": {"selection": "auto", "calibration_rows": 4}}
     specs = []
     for name, noise in fields.items():
@@ -141,3 +141,8 @@ def test_two_processes_equal_one(model_dir: Path, tmp_path: Path) -> None:
         assert policy_of(tmp_path / name)["layers"] == policy_of(tmp_path / f"{name}-one")["layers"]
         left, right = (load_file(tmp_path / folder / "out" / "model.safetensors") for folder in (name, f"{name}-one"))
         assert max((left[key] - right[key]).abs().max().item() for key in left) < 1e-5
+    for rank in (0, 1):
+        for found in json.loads((tmp_path / f"sharded-{rank}.json").read_text()).values():
+            assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-6)
+            assert found["gradients"] < 1e-6
+            assert found["problem"] == ""
