@@ -16,7 +16,7 @@ the groups has equal rewards and so no gradient; `long prompts`, three times as 
 `flops` are those of matrix products and attention, counted, and do not depend on the machine's load; `lean` are TRL's without
 its output head at prompts and padding, which TRL leaves out where it has Triton (a GPU) and not on a CPU. `head` is the share
 of a token's parameters that are the output head's. `memory` is the peak of resident memory in a step above that before it, each
-trainer in its own process (Linux). `whole` adds the seconds that our engine needs to draw completions of these lengths, the same for
+trainer in its own process (Linux). `whole` adds the CPU seconds that our engine needs to draw completions of these lengths, the same for
 both. `ratio` in the record is TRL's CPU seconds over ours at skewed lengths, `control` TRL against itself.
 """
 
@@ -254,7 +254,7 @@ def phases(setting: Setting, folder: Path) -> dict[str, dict[str, float]]:
 
 
 def drawing(setting: Setting) -> float:
-    """Seconds of our engine for completions of the recorded lengths, all in one batch."""
+    """CPU seconds of our engine for completions of the recorded lengths, all in one batch."""
     from posttrain.rollout.base import Request, Sampling
     from posttrain.rollout.hf import HFEngine
 
@@ -264,9 +264,9 @@ def drawing(setting: Setting) -> float:
     pairs = enumerate(zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True))
     requests = [Request(prompt, i, Sampling(len(drawn), 0.9), str(i)) for i, (prompt, drawn) in pairs]
     engine.generate(requests)
-    start = time.perf_counter()
+    start = time.process_time()
     engine.generate(requests)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def peak(kind: str, quick: bool, lengths: str) -> dict[str, float]:
