@@ -89,9 +89,10 @@ def _check(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
 def _pieces(tensor: torch.Tensor, length: int) -> Sequence[torch.Tensor]:
     if not tensor.numel():
         return ()
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    length *= torch.get_num_threads()
+    if tensor.numel() <= length or tensor.device.type != "cpu" or not tensor.is_contiguous():
         return (tensor,)
-    return torch.split(tensor.view(-1), length * torch.get_num_threads())
+    return torch.split(tensor.view(-1), length)
 
 
 def _at_most(value: float, dtype: torch.dtype) -> float:

@@ -36,7 +36,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from posttrain.errors import NumericsError
-from posttrain.optim._gradients import Gradient, maxima, norms, scale
+from posttrain.optim._gradients import PIECE, Gradient, maxima, norms, scale
 
 Group = dict[str, Any]
 AVERAGES = ("averaged", "max_average", "norm_average", "square_average")
@@ -151,7 +151,8 @@ class StableSPAM(torch.optim.AdamW):
         self._check_finite(normed, sizes := norms([tensor.gradient for tensor in normed]))
         factors = [tensor.normalise(size) for tensor, size in zip(normed, sizes, strict=True)]
         folding = [id(group) for group in self.param_groups if _folds(group)]
-        later = {t.parameter: factor for t, factor in zip(normed, factors, strict=True) if id(t.group) in folding}
+        long = [t.parameter.numel() >= PIECE and id(t.group) in folding for t in normed]
+        later = {t.parameter: factor for t, factor, folds in zip(normed, factors, long, strict=True) if folds}
         now = [(t.gradient, factor) for t, factor in zip(normed, factors, strict=True) if t.parameter not in later]
         scale([gradient for gradient, _ in now], [factor for _, factor in now])
         self._seen.add([ratio for ratio in ratios if ratio], [factor * n for factor, n in zip(factors, sizes, strict=True) if n])
@@ -167,31 +168,27 @@ class StableSPAM(torch.optim.AdamW):
                 )
 
     def _adamw(self, factors: dict[torch.Tensor, float]) -> None:
-        """torch's step, with beta1 on its way to `decay_to`, and where AdaGN is left to the fused kernel a call a tensor."""
-        every, kept = self.param_groups, [group["betas"] for group in self.param_groups]
-        for group in every:
-            group["betas"] = (group["betas"][0] * _fallen(group), group["betas"][1])
-        split = [any(p in factors for p in group["params"]) for group in every]
+        """torch's step, with beta1 on its way to `decay_to`; tensors with a factor take theirs one by one."""
+        kept = [dict(group) for group in self.param_groups]
         try:
-            self.param_groups = [group for group, apart in zip(every, split, strict=True) if not apart]
+            for group in self.param_groups:
+                group["betas"] = (group["betas"][0] * _fallen(group), group["betas"][1])
+                self._scaled_adamw({**group, "params": [p for p in group["params"] if p in factors]}, factors)
+                group["params"] = [p for p in group["params"] if p not in factors]
             inspect.unwrap(torch.optim.AdamW.step)(self)
-            for group in (group for group, apart in zip(every, split, strict=True) if apart):
-                self._scaled_adamw(group, factors)
         finally:
-            self.param_groups = every
-            for group, betas in zip(every, kept, strict=True):
-                group["betas"] = betas
+            for group, before in zip(self.param_groups, kept, strict=True):
+                group.update(before)
 
     def _scaled_adamw(self, group: Group, factors: dict[torch.Tensor, float]) -> None:
-        """torch's fused kernel for each tensor; it multiplies the gradient in passing. Saves one pass over all gradients."""
+        """torch's fused kernel for each tensor; it multiplies the gradient in passing, which saves a pass over it."""
         lists: tuple[list[Any], ...] = ([], [], [], [], [], [])
         self._init_group(group, *lists)  # type: ignore[no-untyped-call]
-        torch._foreach_add_(lists[5], 1)
-        scales = 1 / torch.tensor([factors[p] for p in lists[0]])
-        for p, gradient, m, v, step, divisor in zip(*lists[:4], lists[5], scales, strict=True):
+        for p, gradient, m, v, step in zip(*lists[:4], lists[5], strict=True):
             torch._fused_adamw_(
-                [p], [gradient], [m], [v], [], [step], lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
-                weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False, grad_scale=divisor,
+                [p], [gradient], [m], [v], [], [step.add_(1)], lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
+                weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
+                grad_scale=torch.tensor(1 / factors[p]),
             )  # fmt: skip
 
     def _states(self, group: Group) -> list[dict[str, Any]]:

@@ -75,6 +75,17 @@ def test_grpo_takes_it(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert len(metrics(ctx, "optim/norm")) == 2
 
 
+@pytest.mark.slow
+def test_tiny_pipeline(tmp_path: Path) -> None:
+    from posttrain.cli import main
+    from posttrain.core.records import read_stages
+    from posttrain.core.rundir import RunDir
+
+    tiny = Path(__file__).resolve().parents[2] / "configs" / "tiny" / "stable_spam.yaml"
+    assert main(["run", str(tiny), "--runs", str(tmp_path), "--quiet"]) == 0
+    assert {stage.name for stage in read_stages(RunDir(tmp_path / "tiny-stable-spam"))} == {"tasks", "base", "full", "adapter"}
+
+
 def test_a_gradient_that_is_not_finite_is_named_without_a_global_clip(tiny_model_dir: Path, tmp_path: Path) -> None:
     from posttrain.errors import NumericsError
     from posttrain.trainers._sft import SFTTrainer

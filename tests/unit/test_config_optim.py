@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from posttrain.config.optim import OptimConfig
 
+REPO = Path(__file__).resolve().parents[2]
 OFF = {"clip_decay": None, "norm_decays": None, "reset_every": 0}
 
 
@@ -80,3 +82,17 @@ def test_a_step_that_is_not_ours_is_refused(kind: str, version: int | None, word
         choose_optimizer(trainer, SimpleNamespace(optim=OptimConfig.model_validate({"name": "stable_spam"})), ctx)  # type: ignore[arg-type]
     assert "stages.tune.optim.name" in str(error.value)
     choose_optimizer(trainer, SimpleNamespace(optim=OptimConfig()), ctx)  # type: ignore[arg-type]
+
+
+def test_numbers_of_the_authors_runs() -> None:
+    """The full-scale stage holds what their 4-bit scripts and their optimizer's defaults say."""
+    from posttrain.config.pipeline import load_pipeline
+
+    stage: Any = load_pipeline(
+        REPO / "configs" / "stages" / "sft_stable_spam.yaml", ["model.id=./m", "sources.rows.path=./r.jsonl"]
+    ).stages[0]
+    optim, own = stage.optim, stage.optim.stable_spam
+    assert (stage.steps, stage.batch.rows, stage.data.max_length) == (20000, 512, 256)
+    assert (optim.lr, optim.schedule, optim.warmup, optim.weight_decay, optim.max_grad_norm) == (4e-4, "cosine", 2000, 0.0, 0.0)
+    assert (optim.beta1, optim.beta2, optim.eps) == (0.9, 0.999, 1e-8)
+    assert (own.clip_decay, own.norm_decays, own.norm_eps, own.reset_every, own.decay_to) == (0.999, [0.7, 0.9], 1e-8, 500, 0.5)

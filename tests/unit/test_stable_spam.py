@@ -13,7 +13,7 @@ from optim_kit import Official, Reference, gradients
 torch = pytest.importorskip("torch")
 
 from posttrain.errors import ConfigError, NumericsError  # noqa: E402
-from posttrain.optim import _gradients  # noqa: E402
+from posttrain.optim import _gradients, stable_spam  # noqa: E402
 from posttrain.optim.presets import PRESETS  # noqa: E402
 from posttrain.optim.stable_spam import AVERAGES, StableSPAM  # noqa: E402
 
@@ -85,8 +85,10 @@ def test_equals_the_formulas(variant: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", IMPLEMENTATIONS)
 @pytest.mark.parametrize("variant", ["all", "cosine", "stabilizer"])
-def test_float32_equals_the_formulas_up_to_rounding(variant: str, how: str) -> None:
-    """float32 on a CPU takes the path in which AdaGN's factor goes into the fused kernel."""
+@pytest.mark.parametrize("long", [6, 1 << 16], ids=["long", "short"])
+def test_float32_equals_the_formulas_up_to_rounding(monkeypatch: pytest.MonkeyPatch, variant: str, how: str, long: int) -> None:
+    """AdaGN's factor of a long float32 tensor on a CPU goes into the fused kernel."""
+    monkeypatch.setattr(stable_spam, "PIECE", long)
     options, params = {**ALL, **VARIANTS[variant]}, parameters(torch.float32)
     rows = [[None if g is None else g.astype(np.float32) for g in row] for row in gradients(40, SHAPES)]
     references = expected(Reference, options, params, rows)
@@ -155,6 +157,17 @@ def test_long_odd_and_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
         references[0].step(long), references[1].step(odd.T)
     for p, reference in zip(params, references, strict=False):
         np.testing.assert_allclose(p.detach().numpy(), reference.w, rtol=1e-10, atol=1e-12)
+
+
+def test_dtypes_may_be_mixed_in_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 and float32, long and short: each as in a group of its own."""
+    monkeypatch.setattr(stable_spam, "PIECE", 6)
+    rows, dtypes = gradients(20, SHAPES), [torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]
+    found = []
+    for apart in (False, True):
+        params = [torch.nn.Parameter(p.detach().to(dtype)) for p, dtype in zip(parameters(), dtypes, strict=True)]
+        found.append(run(StableSPAM([{"params": [p]} for p in params] if apart else params, **ALL), params, rows))
+    assert all(map(torch.equal, *found))
 
 
 def test_norms_of_long_float32_tensors_are_exact() -> None:
