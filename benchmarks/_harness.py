@@ -23,7 +23,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -98,29 +100,34 @@ def verdict(ratio: dict[str, float], control: dict[str, float]) -> str:
     return "slower" if ratio["low"] > 1.0 else "no difference"
 
 
-def _pair(first: Work, second: Work) -> tuple[tuple[float, float], tuple[float, float]]:
-    return timed(first), timed(second)
+def _pair(first: Work, second: Work, prepare: Work) -> list[tuple[float, float]]:
+    found = []
+    for work in (first, second):
+        prepare()
+        found.append(timed(work))
+    return found
 
 
-def compare(baseline: Work, candidate: Work, *, pairs: int = 20, warmup: int = 2) -> dict[str, Any]:
+def compare(baseline: Work, candidate: Work, *, pairs: int = 20, warmup: int = 2, prepare: Work = lambda: None) -> dict[str, Any]:
     """Candidate against baseline by paired ratios of time; below 1 is faster.
 
     Args:
         baseline, candidate: the same work done in two ways; neither may change what the other sees.
         pairs: B/A pairs, and as many A'/A control pairs; at least 20 for a figure that is quoted.
         warmup: calls of each that are not counted.
+        prepare: called before each of all these calls, outside the clock.
 
     Returns:
         {"wall": {"ratio", "control", "verdict", "baseline_s", "candidate_s"}, "cpu": {...}, "pairs"}.
     """
     for _ in range(warmup):
-        baseline(), candidate()
+        prepare(), baseline(), prepare(), candidate()
     ratios: dict[str, list[list[float]]] = {"b_over_a": [], "a_over_a": []}
     seconds: list[tuple[tuple[float, float], tuple[float, float]]] = []
     for index in range(pairs):
         swap = bool(index % 2)
         for name, other in (("b_over_a", candidate), ("a_over_a", baseline)):
-            one, two = _pair(other, baseline) if swap else _pair(baseline, other)
+            one, two = _pair(other, baseline, prepare) if swap else _pair(baseline, other, prepare)
             a, b = (two, one) if swap else (one, two)
             ratios[name].append([b[clock] / max(a[clock], 1e-9) for clock in (0, 1)])
             if name == "b_over_a":
@@ -166,15 +173,27 @@ class Cells:
             self.path.unlink(missing_ok=True)
         self.done = {(cell["arm"], cell["seed"]): cell["result"] for cell in _complete_lines(self.path)}
 
-    def measure(self, arms: dict[str, Callable[[int], Any]], seeds: Iterable[int]) -> dict[tuple[str, int], Any]:
-        """Calls `arms[arm](seed)` for each cell that is not there yet; every result is on disk before the next begins."""
+    def measure(self, arms: dict[str, Callable[[int], Any]], seeds: Iterable[int], jobs: int = 1) -> dict[tuple[str, int], Any]:
+        """Calls `arms[arm](seed)` for each cell that is not there yet; every result is on disk as soon as it is known.
+
+        With `jobs` above 1 so many processes do it, and the functions must be those of a module, or partials of them.
+        """
         wanted = [(arm, seed) for seed in seeds for arm in arms]
-        for arm, seed in wanted:
-            if (arm, seed) not in self.done:
-                self.done[arm, seed] = arms[arm](seed)
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(dumps({"arm": arm, "seed": seed, "result": self.done[arm, seed]}) + "\n")
+        missing = [cell for cell in wanted if cell not in self.done]
+        if jobs == 1:
+            for arm, seed in missing:
+                self._keep(arm, seed, arms[arm](seed))
+        else:
+            with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+                running = {pool.submit(arms[arm], seed): (arm, seed) for arm, seed in missing}
+                for future in as_completed(running):
+                    self._keep(*running[future], future.result())
         return {cell: self.done[cell] for cell in wanted}
+
+    def _keep(self, arm: str, seed: int, result: Any) -> None:
+        self.done[arm, seed] = result
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(dumps({"arm": arm, "seed": seed, "result": result}) + "\n")
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
