@@ -306,11 +306,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         },
         arms={"default": "", "help": "comma-separated; default all but those of minilm, whose vectors take ten minutes a seed"},
         without={"default": "", "help": "comma-separated arms to leave out"},
+        finished={"action": "store_true", "help": "measure nothing; report the arms that are finished for all seeds"},
         variants={"default": "", "help": "comma-separated; default all, with --quick the first"},
         work={"type": Path, "default": work, "help": "folder of corpora and shards"},
     )
     seeds = range(args.seeds or (1 if args.quick else 5))
     bench, wanted = Bench(args), chosen(args)
+    if args.finished:
+        done = Cells("select_quality", args).done
+        wanted = [(variant, arm) for variant, arm in wanted if all((f"{variant}/{arm}", seed) in done for seed in seeds)]
     results = measure(bench, wanted, seeds, args)
     arms: dict[str, Any] = {}
     for variant in dict.fromkeys(variant for variant, _ in wanted):
