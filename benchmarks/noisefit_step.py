@@ -1,6 +1,6 @@
 """One NoiseFiT step against three plain forward passes with whole logits, as in the authors' later script.
 
-    python benchmarks/noisefit_step.py            # 20 pairs in each of three settings; about half an hour on one core
+    python benchmarks/noisefit_step.py            # 20 pairs in each of three settings; about half an hour on one core; goes on by setting
     python benchmarks/noisefit_step.py --quick    # a smaller model, two pairs of each
 
 The peer is written here from the formulas of github.com/akhadangi/NoiseFiT at 48c61c8 (`NoiseFiT.py`, loss_mode full, prefix
@@ -29,6 +29,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from _harness import arguments, compare, finish, speed
+from _harness import Cells, arguments, compare, finish, speed
 
 PAIRS = {False: 20, True: 2}
 A, LAMBDA = 0.5, 0.1
@@ -141,7 +142,7 @@ class Peer:
 
         loss = A * clean.loss + (1 - A) * mean(0.5 * (soft[0] + soft[1])) + LAMBDA * mean(agree)
         loss.backward()
-        return float(loss)
+        return loss.item()
 
     def step(self) -> None:
         """What is timed."""
@@ -283,31 +284,35 @@ def large(share: float) -> dict[str, dict[str, float]]:
     return found
 
 
-def main() -> None:
-    """Measures, and prints the record."""
+def one_setting(args: Any, label: str, setting: Setting, _: int) -> dict[str, Any]:
+    """Equality, time, work and memory of one setting."""
     from posttrain.trainers._noisefit_forward import forward_units
 
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        equal = assert_equal(setting, folder)
+        peer, ours = Peer(setting, folder), Ours(setting, folder)
+        counted = flops(peer), flops(ours)
+        compared = compare(peer.step, ours.step, pairs=PAIRS[args.quick], warmup=1)
+    cpu = speed(compared)
+    held = memory(args, label) if label == "half" or not args.quick else None
+    return {
+        **cpu, "ours_over_peer": 1 / cpu["ratio"], "wall": speed(compared, "wall"), "equal": equal,
+        "flops": counted[0], "flops_ours": counted[1], "flops_ours_over_peer": counted[1] / counted[0],
+        "passes": forward_units(setting.layers, min(setting.noisy), 2, share=True), "memory_mib": held, "setting": setting.__dict__,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measures, and prints the record."""
     args = arguments(__doc__.splitlines()[0], peak={"default": ""}, setting={"default": "half"})
     chosen = settings(args.quick)
     if args.peak:
         print(json.dumps(peak(args.peak, chosen[args.setting])))
         return
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for label, setting in chosen.items():
-            equal = assert_equal(setting, folder)
-            peer, ours = Peer(setting, folder), Ours(setting, folder)
-            counted = flops(peer), flops(ours)
-            compared = compare(peer.step, ours.step, pairs=PAIRS[args.quick], warmup=1)
-            cpu = speed(compared)
-            held = memory(args, label) if label == "half" or not args.quick else None
-            found[label] = {
-                **cpu, "ours_over_peer": 1 / cpu["ratio"], "wall": speed(compared, "wall"), "equal": equal,
-                "flops": counted[0], "flops_ours": counted[1], "flops_ours_over_peer": counted[1] / counted[0],
-                "passes": forward_units(setting.layers, min(setting.noisy), 2, share=True), "memory_mib": held,
-                "setting": setting.__dict__,
-            }  # fmt: skip
+    cells = Cells("noisefit_step", args)
+    arms = {label: partial(one_setting, args, label, setting) for label, setting in chosen.items()}
+    found = {label: result for (label, _), result in cells.measure(arms, [0]).items()}
     quoted = {key: found["half"][key] for key in ("ours", "peer", "ratio", "ci95", "control", "verdict", "clock", "pairs")}
     finish("noisefit_step", {**quoted, "unit": "CPU seconds a step", **found, "large": large(0.5)}, args)
 

@@ -63,17 +63,18 @@ class NoiseFiTTrainer(SFTTrainer):
         self._at = (-1, -1)
         if noise.neutral:
             return
-        self._refuse()
         whole = self.accelerator.unwrap_model(self.model)
         self.inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+        self._refuse(getattr(whole, "peft_config", {}))
         self.injector = Injector(decoder_layers(self.inner))
         add_noisy_forward(self.inner, self.injector)
 
-    def _refuse(self) -> None:
+    def _refuse(self, adapters: Mapping[str, Any]) -> None:
         args = vars(self.args)
         wrong = [f"trl.{name}" for name, plain in NEEDS_PLAIN.items() if args.get(name, plain) not in (plain, 0)]
         wrong += ["a mixture of experts with a load-balancing loss (set trl.router_aux_loss_coef: 0)"] if self.aux_loss_enabled else []
         wrong += ["a model of text and images"] if self._is_vlm else []
+        wrong += ["virtual tokens"] if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()) else []
         if wrong:
             raise ConfigError(f"noisefit does not go with {', '.join(wrong)}", where="noise", fix="remove it, or use method: sft")
 

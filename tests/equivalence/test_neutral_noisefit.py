@@ -243,3 +243,12 @@ def test_a_micro_batch_without_targets_gives_zero_for_every_parameter(model_dir:
     assert loss == 0
     assert len(gradient) == len(list(trainer.model.parameters()))
     assert not any(value.any() for value in gradient.values())
+
+
+def test_virtual_tokens_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    from peft import PromptTuningConfig
+
+    from posttrain.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="virtual tokens"):
+        noise_trainer(model_dir, tmp_path, peft=PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), **NOISE)
