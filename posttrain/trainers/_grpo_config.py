@@ -50,16 +50,26 @@ class EntropyConfig(Strict):
     depends on `loss_type`. The paper gives 0.55 and 0.001 for a loss whose normaliser it does not give.
     """
 
+    preset: Literal["confucius3"] | None = None
+    """`confucius3`: target 0.55, coeff 0.001, level micro (the likeliest reading of the paper); a field that is
+    written out wins. Measured, 0.001 moves nothing."""
     target: Annotated[float, Field(ge=0)]
     """Entropy of the next token to hold, nats, at the sampling temperature."""
-    coeff: Annotated[float, Field(ge=0)]
-    """Weight of the distance in the loss."""
+    coeff: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distance in the loss. Of those tried 1 was the least that held the level against a strong drift
+    (`benchmarks/entropy_target.py`); 0.1 is enough against a weak one, and 2 and more cost accuracy."""
     level: Literal["micro", "batch", "lagged"] = "batch"
     """What H is a mean over. `batch`: all tokens of the step, on all processes (one more forward pass where gradients are
     accumulated); `lagged`: the same, with the side of the target taken from the step before (no more passes; step 1 has no
     term); `micro`: the tokens of one pass of one device, so the result depends on `batch.per_device`."""
     aggregate: Literal["token_mean"] = "token_mean"
     """Every completion token counts the same."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        published = isinstance(values, dict) and values.get("preset") == "confucius3"
+        return {"target": 0.55, "coeff": 0.001, "level": "micro", **values} if published else values
 
 
 class HardnessConfig(Strict):
