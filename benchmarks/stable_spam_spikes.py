@@ -1,6 +1,6 @@
 """What gradient spikes cost AdamW, AdamW behind a global clip, Stable-SPAM and GradientStabilizer.
 
-    python benchmarks/stable_spam_spikes.py             # 8 seeds; about ten minutes on one core, less with --jobs
+    python benchmarks/stable_spam_spikes.py             # 5 seeds; about ten minutes on one core, less with --jobs
     python benchmarks/stable_spam_spikes.py --quick     # 2 seeds, 60 steps, four arms, two kinds
 
 A two-layer language model on the bytes of the standard library's docstrings, 200 steps. Spikes are injected between the backward pass
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Command line; returns the record."""
     args = arguments(
         __doc__ or "", argv,
-        seeds={"type": int, "default": 8, "help": "seeds (default 8)"},
+        seeds={"type": int, "default": 5, "help": "seeds (default 5)"},
         jobs={"type": int, "default": 1, "help": "processes (default 1)"},
         pilot={"action": "store_true", "help": "only look for each arm's learning rate"},
     )  # fmt: skip

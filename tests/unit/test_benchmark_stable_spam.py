@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -98,3 +99,18 @@ def test_a_run_is_the_same_twice_and_spikes_change_it() -> None:
     assert first == again
     assert first["losses"][:4] == spiked["losses"][:4] and first["loss"] != spiked["loss"]
     assert first["losses"][0] > first["losses"][-1]
+
+
+def test_the_document_says_what_the_results_say() -> None:
+    said = (BENCHMARKS.parent / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    results = [json.loads((BENCHMARKS / "results" / f"stable_spam_{name}.json").read_text(encoding="utf-8")) for name in ("step", "spikes")]
+    assert f"{results[0]['ratio']:.1f} times faster" in said
+    for name in ("stable_spam", "gradient_stabilizer"):
+        assert f"| {results[0]['rest'][name]['ours_over_clip']['value']:.2f} |" in said
+    rows = [line for line in said.splitlines() if line.startswith("|")]
+    for arm in spikes.ARMS:
+        table = results[1]["table"]
+        costs = [table[kind][arm]["cost"] for kind in ("once", "whole", "entries")]
+        cells = [f"{table['none'][arm]['loss']['mean']:.3f}", *(f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in costs)]
+        wanted = " | ".join(cells).replace("-0.000", "0.000")
+        assert any(wanted in row.replace("-0.000", "0.000") for row in rows), (arm, wanted)
