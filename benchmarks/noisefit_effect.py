@@ -30,14 +30,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -290,11 +288,22 @@ def base_model(world: World, sizes: Sizes, seed: int, folder: Path) -> Any:
     if not (kept / "config.json").is_file():
         model = make_model(world, sizes, seed)
         train(model, world, world.statements(), steps=sizes.base_steps, size=64, rate=3e-3, seed=seed, noise=None)
-        model.save_pretrained(kept)
+        shutil.rmtree(kept, ignore_errors=True)
+        model.save_pretrained(kept.with_suffix(".part"))
+        kept.with_suffix(".part").rename(kept)
     return LlamaForCausalLM.from_pretrained(kept, dtype="float32")
 
 
-def measure(arm: str, sizes: Sizes, folder: Path, seed: int) -> dict[str, Any]:
+def measure_base(sizes: Sizes, folder: Path, seed: int) -> dict[str, Any]:
+    """The share of right homes after the statements, before any question; and the base model is kept for the arms."""
+    world = World(seed, sizes)
+    model = base_model(World(seed, sizes), sizes, seed, folder).eval()
+    known = [(world.encode(f"{name} lives in"), world.ids[home]) for name, home in world.home.items() if home != UNKNOWN]
+    said = last_logits(model, [prompt for prompt, _ in known]).argmax(dim=-1).tolist()
+    return {"right": statistics.mean([word == true for word, (_, true) in zip(said, known, strict=True)])}
+
+
+def measure(sizes: Sizes, folder: Path, arm: str, seed: int) -> dict[str, Any]:
     """One cell."""
     world = World(seed, sizes)
     tests = world.tests()
@@ -305,24 +314,6 @@ def measure(arm: str, sizes: Sizes, folder: Path, seed: int) -> dict[str, Any]:
     judged = {kind: answers(model, world, rows) for kind, rows in tests.items()}
     perturbed = [row for kind, rows in tests.items() if kind != "clean" for row in rows]
     return {"layers": layers, **judged, "perturbed": answers(model, world, perturbed), "noise": damage(model, tests["clean"], sizes)}
-
-
-def parallel(cells: Cells, jobs: int, wanted: list[tuple[str, int]], work: Callable[[str, int], Any]) -> dict[tuple[str, int], Any]:
-    """`cells.measure`, with so many seeds at a time in processes of their own; each result is on disk once it is there."""
-    if jobs <= 1:
-        return {key: cells.measure({key[0]: partial(work, key[0])}, [key[1]])[key] for key in wanted}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        seeds = list(dict.fromkeys(seed for _, seed in wanted))
-        todo = {seed: [arm for arm, other in wanted if other == seed and (arm, seed) not in cells.done] for seed in seeds}
-        futures = {seed: pool.submit(_seed, work, arms, seed) for seed, arms in todo.items() if arms}
-        for seed, future in futures.items():
-            for arm, result in future.result().items():
-                cells.measure({arm: lambda _, result=result: result}, [seed])
-    return {key: cells.done[key] for key in wanted}
-
-
-def _seed(work: Callable[[str, int], Any], arms: list[str], seed: int) -> dict[str, Any]:
-    return {arm: work(arm, seed) for arm in arms}
 
 
 def interval(values: list[float]) -> dict[str, float]:
@@ -343,12 +334,13 @@ FIGURES = (
 def main() -> None:
     """Measures, and prints the record."""
     args = arguments(
-        __doc__.splitlines()[0], jobs={"type": int, "default": 1, "help": "seeds at a time"}, work={"type": Path, "default": None}
+        __doc__.splitlines()[0], jobs={"type": int, "default": 1, "help": "cells at a time"}, work={"type": Path, "default": None}
     )
     sizes, seeds = (QUICK, range(2)) if args.quick else (FULL, range(8))
     folder = args.work or Path(tempfile.gettempdir()) / "posttrain-noisefit-effect"
-    wanted = [(arm, seed) for seed in seeds for arm in ARMS]
-    found = parallel(Cells("noisefit_effect", args), args.jobs, wanted, partial(_measure, sizes, folder))
+    cells = Cells("noisefit_effect", args)
+    bases = cells.measure({"base": partial(measure_base, sizes, folder)}, seeds, args.jobs)
+    found = cells.measure({arm: partial(measure, sizes, folder, arm) for arm in ARMS}, seeds, args.jobs)
 
     def column(arm: str, kind: str, name: str) -> list[float]:
         return [found[arm, seed][kind][name] for seed in seeds]
@@ -367,14 +359,11 @@ def main() -> None:
     record = {
         "ours": ours, "peer": peer, "ratio": peer / ours if ours else None, "ci95": [difference["low"], difference["high"]],
         "control": differences["sft_long"][key], "unit": "share of invented facts, perturbed questions; ci95 of ours minus sft",
-        "table": table, "differences": differences, "sizes": sizes.__dict__,
+        "base_right": interval([base["right"] for base in bases.values()]), "table": table,
+        "differences": differences, "sizes": sizes.__dict__,
         "layers": {arm: [found[arm, seed]["layers"] for seed in seeds] for arm in ARMS},
     }  # fmt: skip
     finish("noisefit_effect", record, args)
-
-
-def _measure(sizes: Sizes, folder: Path, arm: str, seed: int) -> dict[str, Any]:
-    return measure(arm, sizes, folder, seed)
 
 
 if __name__ == "__main__":
