@@ -367,7 +367,7 @@ def test_several_updates_a_batch_log_the_ratio(tiny_model_dir: Path, tmp_path: P
         ({"hardness": {"reward": "exact"}}, "hardness.reward: `exact` is no reward with role: add"),
         ({"rewards": [{"use": "exact", "role": "gate"}]}, "every reward is a gate"),
         ({"hardness": {"alpha": 0.6}}, "hardness.alpha"),
-        ({"entropy": {"target": 0.5}}, "entropy.coeff"),
+        ({"entropy": {"coeff": 0.5}}, "entropy.target"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_the_run(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
