@@ -37,13 +37,18 @@ def source_refs(port: str, inputs: Inputs | None, kind: str | None, columns: dic
     return [source_ref(port, paths, kind, columns, on_bad, name) for name, paths in named.items()]
 
 
-def model_ref(model: str | Path) -> InputRef:
+def model_ref(model: str | Path, port: str = "model") -> InputRef:
     """A reference to a model: a folder, a hub id, or `package:NAME/FILE`."""
     from posttrain.config.common import ModelConfig
     from posttrain.models.digest import model_digest
 
     spec = ModelConfig(id=str(model)).dump()
-    return InputRef("model", str(model), "model", "model", key=model_digest(spec), spec=spec)
+    return InputRef(port, str(model), "model", "model", key=model_digest(spec), spec=spec)
+
+
+def model_refs(port: str, models: str | Path | Iterable[str | Path] | None) -> list[InputRef]:
+    """References to the models of a port; none for None."""
+    return [model_ref(model, port) for model in ([] if models is None else [models] if isinstance(models, str | Path) else models)]
 
 
 def make_config(method: str, options: dict[str, Any]) -> Any:
@@ -70,6 +75,18 @@ def make_config(method: str, options: dict[str, Any]) -> Any:
         raise ConfigError(problems=problems, where=method) from None
 
 
+def _check_models(method: str, models: dict[str, list[InputRef]]) -> None:
+    """Refuses a model where the method has no port for it, and several where it takes one."""
+    from posttrain.core import registry
+
+    ports = registry.method(method).inputs
+    for port, refs in models.items():
+        if refs and port not in ports:
+            raise ConfigError(f"{method} has no port `{port}`", where=port, fix=f"ports: {', '.join(ports)}")
+        if len(refs) > 1 and not ports[port].many:
+            raise ConfigError(f"{method} takes one model, got {len(refs)}", where=port, fix="name one")
+
+
 def select_files(
     method: str,
     raw: Inputs,
@@ -82,14 +99,16 @@ def select_files(
     columns: dict[str, str] | None = None,
     on_bad: str = "stop",
     events: Events | None = None,
-    model: str | Path | None = None,
+    model: str | Path | Iterable[str | Path] | None = None,
+    embedder: str | Path | None = None,
     scores: Mapping[str, Paths] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Runs a selector over local files; see `dsir.select` for the arguments.
 
     `raw` and `target` may also be a dict of name -> files; `target` is None for selectors without one, `model` a model's
-    folder for selectors that need one, `scores` the folders of other selections by name (`select.combine`).
+    folder for selectors that need one, or those of several checkpoints where gradients are averaged, `embedder` the folder of a
+    sentence encoder, `scores` the folders of other selections by name (`select.combine`).
     The result appears under `out` at once and whole; `OUT.work` holds what a killed call had done and is removed at the end.
     """
     from posttrain.core import registry
@@ -98,13 +117,15 @@ def select_files(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("the output folder is not empty", where=str(out), fix="name a new folder, or delete it")
     cfg = make_config(method, options)
+    models = {"model": model_refs("model", model), "embedder": model_refs("embedder", embedder)}
+    _check_models(method, models)
     work = out.with_name(f"{out.name}.work")
     new = work / "out"
     shutil.rmtree(new, ignore_errors=True)
     inputs = {
         "raw": source_refs("raw", raw, kind, columns or {}, on_bad),
         "target": source_refs("target", target, target_kind, columns or {}, on_bad),
-        "model": [] if model is None else [model_ref(model)],
+        **models,
         "scores": source_refs("scores", scores, None, {}, on_bad),
     }
     with disk_errors(out):

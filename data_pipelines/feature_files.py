@@ -2,17 +2,21 @@
 
 They live beside the other parts in a folder whose name follows from what they depend on (the selector's `feature_key`,
 its other inputs, the shards, chunks and held-out rows), so picking again under another rule, budget or seed finds them.
+Beside each stands what its maker noted of the rows, with counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_pipelines.parts import new_part
+from posttrain.core.durable import write_json
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 BATCH_ROWS = 256
 """Rows given to the maker at a time; fixed, since a network's vectors may depend on their batch in the last bit."""
 BATCH_CHARS = 1 << 22
+FORMAT = 2
+"""Of the files; part of the folder's name."""
 HEADER = 128
 """Bytes of the file's head, which is written again when the number of rows is known."""
 
@@ -56,10 +62,11 @@ def input_digests(ctx: StageContext) -> list[list[str]]:
 
 
 def feature_shard(job: Job, step: str, shard: Shard) -> None:
-    """Writes the vectors of one shard; `step` is `features.raw` or `features.target`."""
+    """Writes the vectors of one shard, and what the maker notes of its rows; `step` is `features.raw` or `features.target`."""
     maker, role = job.maker(), step.partition(".")[2]
+    before, final = Counter(getattr(maker, "notes", {})), job.part(step, shard)
     rows = width = 0
-    with new_part(job.part(step, shard)) as path, open(path, "wb") as file:
+    with new_part(final) as path, open(path, "wb") as file:
         file.write(bytes(HEADER))
         for batch in _batches(job, shard, role):
             found = np.ascontiguousarray(maker(batch), np.float32)
@@ -68,6 +75,19 @@ def feature_shard(job: Job, step: str, shard: Shard) -> None:
             rows, width = rows + len(found), found.shape[1]
         file.seek(0)
         file.write(npy_header(rows, width))
+        write_json(_notes_file(final), dict(Counter(getattr(maker, "notes", {})) - before))
+
+
+def _notes_file(part: Path) -> Path:
+    return part.with_name(f"notes-{part.stem}.json")
+
+
+def notes_of(parts: Iterable[Path]) -> dict[str, int]:
+    """What befell the rows of these feature files, with counts: cut at max_length, without text, ..."""
+    total: Counter[str] = Counter()
+    for path in parts:
+        total.update(json.loads(_notes_file(path).read_text(encoding="utf-8")))
+    return dict(sorted(total.items()))
 
 
 def _batches(job: Job, shard: Shard, role: str) -> Iterator[list[dict[str, Any]]]:

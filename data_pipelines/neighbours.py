@@ -21,6 +21,10 @@ BLOCK = 2048
 """Rows and targets of one matrix product; 16 MiB of similarities."""
 
 
+UNIT = 2.0**-21
+"""Rows whose norms are 1 within this are not divided by them; the margin allows for it on both sides."""
+
+
 class Neighbours(NamedTuple):
     """Best first: `ids` int64[T, L], `score` float64[T, L] cosines; L is the limit, or the number of rows if that is less."""
 
@@ -135,7 +139,7 @@ class _Lists:
     def __init__(self, targets: np.ndarray, limit: int) -> None:
         self._targets, self._limit = targets, limit
         self._norm, self._unit = _unit(targets)
-        self._margin = (targets.shape[1] + 8) * 2.0**-24
+        self._margin = (targets.shape[1] + 8) * 2.0**-24 + 2.1 * UNIT
         self._count = np.zeros(len(targets), np.int64)
         self._score, self._ids = np.empty((len(targets), 0)), np.empty((len(targets), 0), np.int64)
         self._seen = 0
@@ -173,9 +177,11 @@ class _Lists:
 
 
 def _unit(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(norms float64[n], rows of unit length float32[n, d])."""
+    """(norms float64[n], rows of unit length float32[n, d], or such rows as they are if all are that already to within UNIT)."""
     norm = np.empty(len(rows))
     _norms(rows, norm)
+    if len(norm) and np.abs(norm - 1).max() <= UNIT:
+        return norm, rows
     return norm, (rows / np.where(norm > 0, norm, 1.0)[:, None]).astype(np.float32)
 
 

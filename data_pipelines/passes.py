@@ -116,6 +116,7 @@ def _check_selector(job: Job, ctx: StageContext) -> None:
 
 
 def _job(selector: str, cfg: Any, ctx: StageContext, raw: list[Shard], targets: list[list[Shard]], names: tuple[str, ...]) -> Job:
+    from data_pipelines.feature_files import FORMAT
     from posttrain.config.pipeline import semantic
     from posttrain.data.dataset import heldout_keys
 
@@ -128,7 +129,7 @@ def _job(selector: str, cfg: Any, ctx: StageContext, raw: list[Shard], targets: 
         return job
     own = job.hook("feature_key")
     chunks = cfg.chunks and cfg.chunks.dump()
-    features = digest_of([selector, own(cfg) if own else semantic(cfg), content, chunks, digests])
+    features = digest_of([FORMAT, selector, own(cfg) if own else semantic(cfg), content, chunks, digests])
     kept = Path(cfg.feature_cache) if cfg.feature_cache else ctx.work
     return dataclasses.replace(job, vectors=kept / f"features-{features[:16]}")
 
@@ -218,8 +219,10 @@ def _finish(job: Job, shards: list[Shard], choice: Choice, figures: Figures, ctx
     parts = {"groups": dict(sorted(figures.groups.items())), "targets": dict(sorted(figures.targets.items()))}
     known = {name: counts for name, counts in parts.items() if counts}
     examples = shown_examples(job, shards)
-    ctx.summary.update(rows_out=facts["rows"], tokens=figures.words, **known, **report, **figures.summary, examples=examples)
-    state = {"selector": job.selector, "seed": job.seed, "cuts": _cuts(choice), **_where_features(job, shards), **known, **report}
+    features = _where_features(job, shards)
+    noted = {"feature_notes": features["features"]["notes"]} if "notes" in features.get("features", {}) else {}
+    ctx.summary.update(rows_out=facts["rows"], tokens=figures.words, **known, **noted, **report, **figures.summary, examples=examples)
+    state = {"selector": job.selector, "seed": job.seed, "cuts": _cuts(choice), **features, **known, **report}
     write_json(ctx.out / "selection.json", {**state, "examples": examples, **figures.summary})
     _warn_short(ctx, figures)
     ctx.events.log(f"picked {facts['rows']} of {ctx.summary['rows_in']} rows, {figures.words} words; {_numbers(report)}")
@@ -231,13 +234,15 @@ def _cuts(choice: Choice) -> list[dict[str, Any]]:
 
 
 def _where_features(job: Job, shards: list[Shard]) -> dict[str, Any]:
-    """Name of the folder with the feature files and their shape; nothing where the selector has none."""
+    """Name of the folder with the feature files, their shape and what was noted of raw rows; nothing where the selector has none."""
     if job.vectors is None:
         return {}
-    from data_pipelines.feature_files import open_vectors
+    from data_pipelines.feature_files import notes_of, open_vectors
 
-    shapes = [open_vectors(job.part("features.raw", shard)).shape for shard in shards]
-    return {"features": {"folder": Path(job.vectors).name, "rows": sum(s[0] for s in shapes), "width": max(s[1] for s in shapes)}}
+    files = [job.part("features.raw", shard) for shard in shards]
+    shapes, notes = [open_vectors(file).shape for file in files], notes_of(files)
+    found = {"folder": Path(job.vectors).name, "rows": sum(s[0] for s in shapes), "width": max(s[1] for s in shapes)}
+    return {"features": {**found, **({"notes": notes} if notes else {})}}
 
 
 def _warn_short(ctx: StageContext, figures: Figures) -> None:

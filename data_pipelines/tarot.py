@@ -5,7 +5,7 @@ whitened over the union of raw and target rows and brought to unit length (`data
 of two rows is d_w = sqrt(2 - 2 cos). Rules:
 
     fixed   round robin over the target rows: layer i holds every target's i-th nearest raw row; layers are taken whole until
-            the budget cuts one, whose rows go by their dual potential in the transport to the targets
+            the budget cuts one, whose rows go by their dual potential in the transport to the targets: what mass there costs
     otm     the size that transport itself asks for: over K folds of the targets, neighbours of one part are added layer by
             layer while the transport distance to the other parts falls; the union of the folds is picked
     mean    the rows with the largest mean cosine to the targets, as LESS and DsDm rank them; it favours the densest mode
@@ -58,6 +58,7 @@ class TarotConfig(SelectorConfig):
             "limit": 2000,
             "folds": 10,
             "folds_seed": 42,
+            "last": "largest",
             "as_published": True,
         },
     }
@@ -76,8 +77,9 @@ class TarotConfig(SelectorConfig):
     limit: Positive | None = None
     """Most nearest raw rows of each target row that take part in `fixed` and `otm`; the authors' code has 2000. None: as many as
     the budget needs; under quotas 2000."""
-    last: Literal["largest", "smallest"] = "largest"
-    """Dual potentials of the layer that is cut under `fixed` which stay: `largest` as published."""
+    last: Literal["largest", "smallest"] = "smallest"
+    """Dual potentials of the layer that is cut under `fixed` which stay. `smallest`: rows whose mass is cheap to move to the targets;
+    `largest` as in the authors' code, which gave picks farther from the targets in every case measured; see `tarot_rules.fixed`."""
     folds: Annotated[int, Field(ge=2)] = 10
     """Parts of the targets under `otm`."""
     folds_seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
@@ -187,9 +189,10 @@ def merge(raw: Iterable[Arrays], targets: list[Iterable[Arrays]], cfg: TarotConf
     """The whitening and the whitened targets.
 
     Returns:
-        `mean` float64[d], `whitener` float64[d, d] (absent without whitening), `targets` float32[T, d] of unit length,
-        `target_mean` float64[d] their mean, `sample` float32[s, d] whitened raw rows, `figures` float64[6]: raw rows, rows fitted,
-        raw and target rows without a feature, effective rank, d.
+        `mean` float64[d], `whitener` float64[d, d] (absent without whitening),
+        `targets` float32[T, d] of unit length, `target_mean` float64[d] their mean, `sample` float32[s, d] whitened raw rows,
+        `figures` float64[8]: raw rows, rows fitted, raw and target rows without a feature, effective rank, d, the ridge, and the
+        degrees of freedom that it leaves.
 
     Raises:
         DataError: raw or target rows without any feature; too many targets to hold; a covariance that cannot be factored.
@@ -205,17 +208,26 @@ def merge(raw: Iterable[Arrays], targets: list[Iterable[Arrays]], cfg: TarotConf
     mean, s = covariance(added([raw_total, target_total]))
     w = _whitener(s, cfg) if cfg.whiten else None
     goal = whiten(held.rows(), mean, w)
-    trace, square = float(np.trace(s)), float((s * s).sum())
     n, zero = ([int(total[name][0]) for total in (raw_total, target_total)] for name in ("n", "zero"))
-    figures = [n[0] + zero[0], sum(n), *zero, trace * trace / square if square else 0.0, len(mean)]
     return {
         "mean": mean,
         **({"whitener": w} if w is not None else {}),
         "targets": goal,
         "target_mean": goal.astype(np.float64).mean(0),
         "sample": whiten(sample.arrays()["sample"], mean, w),
-        "figures": np.array(figures, np.float64),
+        "figures": np.array([n[0] + zero[0], sum(n), *zero, *_spectrum(s, w, cfg)], np.float64),
     }
+
+
+def _spectrum(s: np.ndarray, w: np.ndarray | None, cfg: TarotConfig) -> list[float]:
+    """(sum of eigenvalues)^2 / sum of squares, d, ridge e, sum of eigenvalue/(eigenvalue + e) = d - e tr (S + e I)^-1."""
+    import numpy as np
+
+    trace, square, d = float(np.trace(s)), float((s * s).sum()), len(s)
+    rank, ridge = trace * trace / square if square else 0.0, cfg.whiten_eps * (trace / d if cfg.eps_relative else 1.0)
+    if w is None:
+        return [rank, d, 0.0, d]
+    return [rank, d, ridge, d - ridge * float((w * w).sum())]
 
 
 def _sample_of(part: Arrays) -> tuple[np.ndarray, np.ndarray]:
@@ -308,8 +320,9 @@ def report(state: Arrays, picked: Iterable[Arrays], cfg: TarotConfig, seed: int 
     Returns:
         `w1_picked`: transport distance W1 of the picked rows to the targets under d_w, between samples of at most SAMPLE of each;
         `w1_random`: the mean of that over DRAWS samples of raw rows of the same size; `w1_ratio`, their ratio; `effective_rank` =
-        (sum of eigenvalues)^2 / sum of their squares of the covariance; `zero_features` of raw and `zero_target_features` of target
-        rows; `fitted_rows` and `dimensions`.
+        (sum of eigenvalues)^2 / sum of their squares of the covariance; with whitening `ridge`, what was added to its diagonal, and
+        `degrees_of_freedom`, the sum of eigenvalue/(eigenvalue + ridge): how many directions are whitened rather than damped;
+        `zero_features` of raw and `zero_target_features` of target rows; `fitted_rows` and `dimensions`.
     """
     import numpy as np
 
@@ -319,8 +332,9 @@ def report(state: Arrays, picked: Iterable[Arrays], cfg: TarotConfig, seed: int 
     rng = np.random.default_rng(seed)
     chosen = _white(held.arrays()["sample"], state) if held.arrays()["sample_key"].size else np.zeros((0, len(state["mean"])), np.float32)
     goal = _some(state["targets"], SAMPLE, rng)
-    _, n, zero, zero_target, breadth, d = state["figures"].tolist()
+    _, n, zero, zero_target, breadth, d, ridge, freedom = state["figures"].tolist()
     facts = {"fitted_rows": int(n), "dimensions": int(d), "effective_rank": breadth}
+    facts |= {"ridge": ridge, "degrees_of_freedom": freedom} if "whitener" in state else {}
     facts |= {"zero_features": int(zero), "zero_target_features": int(zero_target)}
     if not len(chosen):
         return facts
@@ -395,8 +409,8 @@ def select(raw: Any, target: Any, out: str | Path, **options: Any) -> dict[str, 
     Args:
         raw, target: files, folders or globs.
         out: new folder for rows-*, scores-*.parquet, state; the work lies in `OUT.work`, so a killed call goes on.
-        options: `rows`, `tokens`, `bytes`, `share` or `auto`; `model`; `seed`; `kind` (row type, else seen from the first row);
-            fields of TarotConfig.
+        options: `rows`, `tokens`, `bytes`, `share` or `auto`; `model`, a folder or a list of checkpoints whose gradients are
+            averaged; `embedder`, a folder; `seed`; `kind` (row type, else seen from the first row); fields of TarotConfig.
 
     Returns:
         The summary: rows_in, rows_out, w1_picked, w1_random, ...

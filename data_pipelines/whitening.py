@@ -18,10 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg import bandwidth
 from scipy.linalg.blas import dsyrk, dtrmm
+from scipy.linalg.lapack import dpotrf, dtrtri
 
-BLOCK = 256
+from data_pipelines.fastexp import fast
+
+BLOCK = 512
 """Rows of one matrix product; its shape never varies."""
 
 Arrays = dict[str, np.ndarray]
@@ -40,8 +43,8 @@ def moments(blocks: Iterable[np.ndarray]) -> Arrays:
         if not total.size:
             total, square = np.zeros(block.shape[1]), np.zeros((block.shape[1],) * 2, order="F")
         total = total + rows.sum(0)
-        square = dsyrk(1.0, rows.T, beta=1.0, c=square, overwrite_c=True)
-    packed = square[np.triu_indices(len(total))] if total.size else np.zeros(0)
+        square = dsyrk(1.0, rows.T, beta=1.0, c=square, overwrite_c=True, lower=1)
+    packed = np.concatenate([square[i:, i] for i in range(len(total))]) if total.size else np.zeros(0)
     return {"n": np.array([n]), "zero": np.array([zero]), "sum": total, "square": packed}
 
 
@@ -75,10 +78,12 @@ def added(parts: Iterable[Arrays]) -> Arrays:
 def covariance(total: Arrays) -> tuple[np.ndarray, np.ndarray]:
     """(mean float64[d], covariance float64[d, d], division by n) from moments."""
     n, mean = int(total["n"][0]), total["sum"] / int(total["n"][0])
-    upper = np.triu_indices(len(mean))
-    s = np.zeros((len(mean),) * 2)
-    s[upper] = total["square"] / n - mean[upper[0]] * mean[upper[1]]
-    s.T[upper] = s[upper]
+    d, square = len(mean), total["square"] / n
+    s, at = np.empty((d, d)), 0
+    for i in range(d):
+        s[i, i:] = square[at : at + d - i] - mean[i] * mean[i:]
+        s[i:, i] = s[i, i:]
+        at += d - i
     return mean, s
 
 
@@ -93,9 +98,12 @@ def whitener(s: np.ndarray, eps: float, relative: bool = True) -> np.ndarray:
         numpy.linalg.LinAlgError: `s` + ridge is not positive definite.
     """
     d = len(s)
-    ridge = eps * (np.trace(s) / d if relative else 1.0)
-    lower = cholesky(s + ridge * np.eye(d), lower=True)
-    w: np.ndarray = solve_triangular(lower, np.eye(d), lower=True).T
+    ridged = np.array(s, np.float64, order="F")
+    ridged[np.diag_indices(d)] += eps * (np.trace(s) / d if relative else 1.0)
+    lower, failed = dpotrf(ridged, lower=1, clean=1, overwrite_a=1)
+    if failed:
+        raise np.linalg.LinAlgError(f"the leading minor of order {failed} is not positive definite")
+    w: np.ndarray = dtrtri(lower, lower=1, overwrite_c=1)[0].T
     return w
 
 
@@ -107,7 +115,7 @@ def whiten(features: np.ndarray, mean: np.ndarray, w: np.ndarray | None) -> np.n
         mean: float64[d], taken off.
         w: float64[d, d], or None for centred features without whitening.
     """
-    out = np.zeros(features.shape, np.float32)
+    out = np.empty(features.shape, np.float32)
     product = _product(w)
     block = np.zeros((BLOCK, features.shape[1]))
     for start in range(0, len(features), BLOCK):
@@ -115,10 +123,23 @@ def whiten(features: np.ndarray, mean: np.ndarray, w: np.ndarray | None) -> np.n
         np.subtract(part, mean, out=block[: len(part)])
         block[len(part) :] = 0
         block = product(block)
-        norm = np.sqrt(np.einsum("ij,ij->i", block, block))[: len(part), None]
-        np.divide(block[: len(part)], np.where(norm > 0, norm, 1), out=out[start : start + len(part)], casting="same_kind")
-        out[start : start + len(part)][~np.any(part, axis=1)] = 0
+        _unit(block, part, out[start : start + len(part)])
     return out
+
+
+@fast
+def _unit(rows: np.ndarray, features: np.ndarray, out: np.ndarray) -> None:
+    """Rows of unit length; zero where the row of `features` is zero throughout."""
+    n, d = features.shape
+    for i in range(n):
+        total, some = 0.0, False
+        for j in range(d):
+            value = np.float64(rows[i, j])
+            total += value * value
+            some |= features[i, j] != 0
+        scale = 1 / np.sqrt(total) if some and total > 0 else 0.0
+        for j in range(d):
+            out[i, j] = rows[i, j] * scale
 
 
 def _product(w: np.ndarray | None) -> Callable[[np.ndarray], np.ndarray]:
@@ -126,10 +147,10 @@ def _product(w: np.ndarray | None) -> Callable[[np.ndarray], np.ndarray]:
     if w is None:
         return lambda block: block
     left = np.asfortranarray(w.T)
-    for lower, zeros in ((1, np.triu(left, 1)), (0, np.tril(left, -1))):
-        if not zeros.any():
-            return lambda block: dtrmm(1.0, left, block.T, lower=lower, overwrite_b=True).T
-    return lambda block: block @ w
+    below, above = bandwidth(left)
+    if below and above:
+        return lambda block: block @ w
+    return lambda block: dtrmm(1.0, left, block.T, lower=int(not above), overwrite_b=True).T
 
 
 def effective_rank(s: np.ndarray) -> float:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from posttrain.config.common import InputItem, SplitConfig, StageConfig
+from pydantic import ValidationError
+
+from posttrain.config.common import InputItem, ModelConfig, SplitConfig, StageConfig
 from posttrain.config.fields import nearest
 from posttrain.core.artifact import InputRef
 from posttrain.core.registry import MODEL_KINDS, Method, Port
@@ -123,11 +125,27 @@ class _Wirer:
         refs = []
         for place, item in enumerate(items):
             here = f"{path}.{place}" if isinstance(given, list) else path
-            found = self.ref(item if isinstance(item, str) else item.from_, name, here, item if isinstance(item, InputItem) else None)
+            text = item if isinstance(item, str) else item.from_
+            if self._names_a_model(text, port):
+                refs += self._model(text, name, here)
+                continue
+            found = self.ref(text, name, here, item if isinstance(item, InputItem) else None)
             if found and self._accepts(here, method, name, port, found):
                 refs.append(found)
         self._check_mixture(path, items)
         return refs
+
+    def _names_a_model(self, text: str, port: Port) -> bool:
+        """True for a whole path, a hub id or `package:NAME/FILE` in a port that takes models only."""
+        return not set(port.kinds) - set(MODEL_KINDS) and "/" in text and not text.startswith(".")
+
+    def _model(self, text: str, name: str, path: str) -> list[InputRef]:
+        try:
+            model = ModelConfig(id=text)
+        except ValidationError as error:
+            self.add(path, error.errors()[0]["msg"], "give an absolute path, a hub id `owner/name`, or `package:NAME/FILE`")
+            return []
+        return [InputRef(name, model.id, "model", "model", spec=model.dump())]
 
     def _check_mixture(self, path: str, items: list[InputItem | str]) -> None:
         names = [i if isinstance(i, str) else i.from_ for i in items]

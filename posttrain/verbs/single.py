@@ -2,7 +2,8 @@
 
 They build a pipeline of one stage in memory (or read one from a file) and run it like any other, so resuming,
 manifests and reports are the same. `model=`, `data=`, `raw=`, `target=` fill ports; a value is a name of the file's
-sources, or a path whose row type is read off its first row; `out=` puts a copy of the result there.
+sources, or a path whose row type is read off its first row; `model=[ONE,OTHER]` and `embedder=` name models where the method
+takes them; `out=` puts a copy of the result there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from posttrain.config.pipeline import Pipeline, load_pipeline, override_tree
 from posttrain.core import registry
 from posttrain.core.events import dumps
 from posttrain.core.hashing import digest_of
+from posttrain.core.registry import MODEL_KINDS
 from posttrain.core.rundir import runs_root
 from posttrain.errors import ConfigError, DataError
 
@@ -80,8 +82,12 @@ def _ports(pairs: dict[str, str], stage: str, known: set[str], method: registry.
     found = []
     for port in [p for p in _port_names(method) if p in pairs]:
         value = parse_value(pairs.pop(port))
-        if port == "model":
+        if port == "model" and not isinstance(value, list):
             found.append(f"model.id={dumps(_absolute_model(str(value)))}")
+            continue
+        if port in method.inputs and not set(method.inputs[port].kinds) - set(MODEL_KINDS):
+            models = [_absolute_model(str(item)) for item in (value if isinstance(value, list) else [value])]
+            found.append(f"stages.{stage}.in.{port}={dumps(models)}")
             continue
         items, names = list(map(str, value if isinstance(value, list) else [value])), []
         for i, item in enumerate(items):
@@ -107,7 +113,8 @@ def _dotted(key: str, stage: str, method: registry.Method) -> str:
 def to_overrides(tree: dict[str, Any], pairs: dict[str, str], method: registry.Method) -> list[str]:
     """Dotted overrides of a one-stage tree out of the command line's short forms."""
     stage = str(tree["stages"][0].get("name"))
-    model = ["model={}"] if "model" in pairs and not isinstance(tree.get("model"), dict) else []
+    single = "model" in pairs and not isinstance(parse_value(pairs["model"]), list)
+    model = ["model={}"] if single and not isinstance(tree.get("model"), dict) else []
     ports = _ports(pairs, stage, set(tree.get("sources") or {}), method)
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
         if given in pairs and other in tree["stages"][0]:

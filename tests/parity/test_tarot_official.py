@@ -37,7 +37,7 @@ def case(name: str) -> tuple[Neighbours, Space]:
 @pytest.mark.parametrize("name", FIXED)
 def test_fixed_size(name: str) -> None:
     lists, space = case(name)
-    picked = fixed(lists, space, int(name.split(".")[2]))
+    picked = fixed(lists, space, int(name.split(".")[2]), last="largest")
     order = np.argsort(picked.ids)
     np.testing.assert_array_equal(picked.ids[order], OFFICIAL[f"{name}.ids"])
     np.testing.assert_allclose(picked.weight[order], OFFICIAL[f"{name}.weight"], atol=2e-5)

@@ -135,6 +135,7 @@ def test_the_preset_is_the_published_setting():
     cfg = tarot.TarotConfig.model_validate({"name": "s", "method": "select.tarot", "budget": {"rows": 4}, "preset": "tarot-repo"})
     assert (cfg.whiten_eps, cfg.eps_relative, cfg.limit, cfg.folds, cfg.folds_seed) == (1e-5, False, 2000, 10, 42)
     assert (cfg.features.projection, cfg.features.scale, cfg.features.dim) == ("rademacher", "trak", 2048)
+    assert cfg.as_published and cfg.last == "largest" and config().last == "smallest"
 
 
 class Memory:
@@ -195,7 +196,7 @@ def test_the_layer_that_is_cut_goes_by_potential():
     from data_pipelines.ot import transport
 
     reg = transport(np.sqrt(np.maximum(0, 2 - 2 * x @ y.T)), reg=0.01).f
-    assert len(cut) > 2 and set(last) == cut and np.corrcoef(-np.arange(len(last)), reg)[0, 1] > 0.7
+    assert len(cut) > 2 and set(last) == cut and np.corrcoef(np.arange(len(last)), reg)[0, 1] > 0.7
 
 
 def test_fixed_equals_the_rule_for_a_number_of_rows():
@@ -398,21 +399,31 @@ def test_features_are_made_once(tmp_path, monkeypatch):
     assert len(seen) == 25 + 10 + 20 and len(set(seen)) == 45
 
 
-def test_gradients_of_a_model_end_to_end(tmp_path):
+def tiny_model(folder: Path, texts: list[str], seed: int = 0) -> Path:
     from posttrain.models.create import new_model, train_tokenizer
     from posttrain.models.save import save_model
 
+    tokenizer = train_tokenizer(texts, 300, 128)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    save_model(new_model("qwen2", tokenizer, seed, **sizes), tokenizer, folder)
+    return folder
+
+
+def topical(folder: Path) -> tuple[list[str], list[Path], Path]:
+    """Texts, 16 of them on the target's topic; their shards; and the target."""
     topics = [[f"the river {w} under bridge {i}" for i in range(8)] for w in ("runs", "turns")]
     other = [f"def f{i}(x): return x[{i}] + {{}}" for i in range(24)]
     texts = [text for pair in topics for text in pair] + other
-    tokenizer = train_tokenizer(texts, 300, 128)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    save_model(new_model("qwen2", tokenizer, 0, **sizes), tokenizer, (tmp_path / "m"))
     lines = [json.dumps({"id": f"{i}", "text": text}) for i, text in enumerate(texts)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines[:17]))
-    (tmp_path / "b.jsonl").write_text("\n".join(lines[17:]))
-    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": f"a river runs under the bridge {i}"}) for i in range(20, 26)))
-    raw = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    (folder / "a.jsonl").write_text("\n".join(lines[:17]))
+    (folder / "b.jsonl").write_text("\n".join(lines[17:]))
+    (folder / "t.jsonl").write_text("\n".join(json.dumps({"text": f"a river runs under the bridge {i}"}) for i in range(20, 26)))
+    return texts, [folder / "a.jsonl", folder / "b.jsonl"], folder / "t.jsonl"
+
+
+def test_gradients_of_a_model_end_to_end(tmp_path):
+    texts, raw, _ = topical(tmp_path)
+    tiny_model(tmp_path / "m", texts)
     features = {"params": "last_layer", "dim": 32}
     summary = tarot.select(raw, tmp_path / "t.jsonl", tmp_path / "o", rows=8, features=features, whiten_eps=1.0, model=tmp_path / "m")
     picked = [int(i) for i in ids_of(tmp_path / "o")]
@@ -421,6 +432,81 @@ def test_gradients_of_a_model_end_to_end(tmp_path):
         raw[::-1], tmp_path / "t.jsonl", tmp_path / "p", rows=8, features=features, whiten_eps=1.0, model=str(tmp_path / "m")
     )
     assert sorted(ids_of(tmp_path / "p")) == sorted(ids_of(tmp_path / "o")) and again["w1_picked"] == pytest.approx(summary["w1_picked"])
+
+
+LAST = {"params": "last_layer", "dim": 24}
+
+
+def kept_vectors(folder: Path) -> np.ndarray:
+    return np.concatenate([np.load(file) for file in sorted(folder.glob("features-*/raw/*.npy"))])
+
+
+def test_checkpoints_given_as_a_list_are_averaged(tmp_path):
+    """From Python, and on the command line."""
+    from posttrain.cli import main
+
+    texts, raw, target = topical(tmp_path)
+    models = [tiny_model(tmp_path / f"m{seed}", texts, seed) for seed in (0, 1)]
+    kept = {}
+    for name, model in (("first", models[0]), ("second", models[1:]), ("both", models)):
+        cache = tmp_path / f"cache-{name}"
+        tarot.select(raw, target, tmp_path / name, rows=6, features=LAST, model=model, feature_cache=str(cache))
+        kept[name] = kept_vectors(cache)
+    np.testing.assert_allclose(kept["both"], (kept["first"].astype(float) + kept["second"]) / 2, atol=1e-6 * np.abs(kept["both"]).max())
+    assert np.abs(kept["first"] - kept["second"]).max() > 0.1 * np.abs(kept["first"]).max()
+    listed = f"model=[{models[0]},{models[1]}]"
+    fields = ["rows=6", "features.params=last_layer", "features.dim=24", f"out={tmp_path / 'line'}", "--runs", str(tmp_path / "runs")]
+    assert main(["select", "tarot", f"raw={tmp_path}/[ab].jsonl", f"target={target}", listed, *fields, "--quiet"]) == 0
+    assert ids_of(tmp_path / "line") == ids_of(tmp_path / "both")
+
+
+def test_an_embedder_may_be_a_folder_and_notes_reach_the_summary(tmp_path):
+    """From Python, and on the command line."""
+    from posttrain.cli import main
+    from posttrain.models.encoder import load_encoder
+
+    _, raw, target = topical(tmp_path)
+    loaded = load_encoder()
+    loaded.model.save_pretrained(tmp_path / "encoder")
+    loaded.tokenizer.save_pretrained(tmp_path / "encoder")
+    raw[1].write_text(raw[1].read_text() + "\n" + json.dumps({"id": "empty", "text": " "}))
+    features = {"from": "embedder", "max_length": 8}
+    summary = tarot.select(raw, target, tmp_path / "o", rows=8, features=features, embedder=tmp_path / "encoder")
+    packaged = tarot.select(raw, target, tmp_path / "p", rows=8, features=features)
+    assert ids_of(tmp_path / "o") == ids_of(tmp_path / "p")
+    notes = summary["feature_notes"]
+    assert notes == packaged["feature_notes"] and notes["without text"] == 1 and notes["cut at max_length"] >= 20
+    selection = json.loads((tmp_path / "o" / "selection.json").read_text())
+    assert selection["features"]["notes"] == notes and summary["dimensions"] == loaded.dim
+    fields = ["rows=8", "features.from=embedder", "features.max_length=8", f"embedder={tmp_path / 'encoder'}", f"out={tmp_path / 'line'}"]
+    assert (
+        main(["select", "tarot", f"raw={tmp_path}/[ab].jsonl", f"target={target}", *fields, "--runs", str(tmp_path / "r"), "--quiet"]) == 0
+    )
+    assert ids_of(tmp_path / "line") == ids_of(tmp_path / "o")
+
+
+def test_models_where_there_is_no_port_for_them_are_refused(tmp_path):
+    from data_pipelines.door import select_files
+
+    raw, target = write(tmp_path / "r.jsonl", vectors(5), "r"), write(tmp_path / "t.jsonl", vectors(2), "t")
+    with pytest.raises(ConfigError, match="no port `model`"):
+        select_files("select.dsir", raw, target, tmp_path / "o", rows=2, model=tmp_path)
+    for folder in ("m1", "m2"):
+        tiny_model(tmp_path / folder, ["a river", "a bridge"])
+    with pytest.raises(ConfigError, match="takes one model, got 2"):
+        select_files("select.embed", raw, target, tmp_path / "o", rows=2, model=[tmp_path / "m1", tmp_path / "m2"])
+
+
+def test_the_summary_says_what_the_whitening_did(tmp_path):
+    raw, target = vectors(60), vectors(8, 1)
+    goal, files = write(tmp_path / "t.jsonl", target, "t"), shards(tmp_path / "r", raw, [25])
+    summary = tarot.select(files, goal, tmp_path / "o", rows=12, **OPTIONS)
+    values = np.linalg.eigvalsh(np.cov(np.concatenate([raw, target]).T.astype(np.float64), bias=True))
+    ridge = 1e-3 * values.mean()
+    assert summary["dimensions"] == 6 and summary["ridge"] == pytest.approx(ridge, rel=1e-6)
+    assert summary["degrees_of_freedom"] == pytest.approx((values / (values + ridge)).sum(), rel=1e-5)
+    plain = tarot.select(files, goal, tmp_path / "p", rows=12, whiten=False, features=OPTIONS["features"])
+    assert "ridge" not in plain and "degrees_of_freedom" not in plain
 
 
 def test_the_published_features_are_the_transposed_product():

@@ -58,9 +58,9 @@ def test_distance_is_that_of_unit_vectors() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("k", [1, 7, 20, 33])
-def test_fixed_takes_whole_layers_then_the_largest_potentials(seed: int, k: int) -> None:
+def test_fixed_takes_whole_layers_then_the_potentials_asked_for(seed: int, k: int) -> None:
     _, _, lists, space = setting(60, 11, 5, seed)
-    picked = fixed(lists, space, k)
+    picked = fixed(lists, space, k, last="largest")
     chosen: list[int] = []
     for layer in layers_of(lists):
         if len(chosen) + len(layer) > k:
@@ -89,6 +89,55 @@ def test_measure_is_the_linear_program() -> None:
     assert f.mean() + g.mean() == pytest.approx(wanted, abs=1e-7)
     some, _ = space.measure(np.arange(5), np.array([1, 3, 4]))
     assert some == pytest.approx(w1(rows[:5], targets[[1, 3, 4]])[0], abs=1e-7)
+
+
+@pytest.mark.parametrize("solver", ["ours", "geomloss"])
+def test_a_potential_is_what_mass_costs(solver: str) -> None:
+    """d cost / d a_j - d cost / d a_i = f_j - f_i, by POT; so the largest potentials, which the authors' code keeps, are the dearest
+    rows, and this is no matter of GeomLoss's sign, whose potentials of the rows rise with POT's."""
+    import ot
+
+    _, _, _, space = setting(40, 23, 5, seed=3)
+    asked = space if solver == "ours" else Space(space.targets, space.rows, compat="repo")
+    f = asked.measure(np.arange(40))[1]
+    cost, step = distance(space.rows(np.arange(40)), space.targets), 1e-4
+    base, equal = np.full(40, 1 / 40), np.full(23, 1 / 23)
+    slopes = []
+    for i in range(1, 40):
+        shifted = base.copy()
+        shifted[i], shifted[0] = shifted[i] + step, shifted[0] - step
+        up = ot.emd2(shifted, equal, cost)
+        shifted = base.copy()
+        shifted[i], shifted[0] = shifted[i] - step, shifted[0] + step
+        slopes.append((ot.emd2(shifted, equal, cost) - up) / (-2 * step))
+    wanted, found = np.array(slopes), f[1:] - f[0]
+    assert np.corrcoef(wanted, found)[0, 1] > 0.9
+    if solver == "ours":
+        np.testing.assert_allclose(found, wanted, atol=1e-3)
+
+
+def test_the_smallest_potentials_give_the_nearer_pick() -> None:
+    costs = []
+    for seed in range(6):
+        _, _, lists, space = setting(300, 30, 6, seed)
+        costs.append([space.measure(fixed(lists, space, 45, last=last).ids)[0] for last in ("smallest", "largest")])
+    smallest, largest = np.array(costs).T
+    assert (smallest < largest).sum() >= 5 and smallest.mean() < 0.97 * largest.mean()
+
+
+def test_distances_kept_ahead_are_those_of_single_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, lists, space = setting(60, 11, 5)
+    plain = otm(lists, space, folds=4)
+    monkeypatch.setattr(tarot_rules, "AHEAD", 1)
+    _, _, lists, other = setting(60, 11, 5)
+    few = otm(lists, other, folds=4)
+    monkeypatch.setattr(tarot_rules, "KEPT", 0)
+    _, _, lists, none = setting(60, 11, 5)
+    assert not none.keep(np.arange(3))
+    without = otm(lists, none, folds=4)
+    for found in (few, without):
+        assert found.ids.tolist() == plain.ids.tolist()
+        np.testing.assert_allclose(found.weight, plain.weight, atol=1e-9)
 
 
 def test_weights_are_the_potentials_of_the_whole_pick() -> None:
