@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from benchmark_kit import load
 
 pytest.importorskip("trl")
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-_load("_harness")
-bench = _load("grpo_step")
+load("_harness")
+bench = load("grpo_step")
 TINY = bench.Setting(hidden=64, layers=1, vocabulary=64, prompts=2, group=4, per_device=4, prompt=(3, 6), limit=12)
 
 

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections import Counter
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+from benchmark_kit import load
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-corpus = _load("_corpus")
-lm = _load("_lm")
-judges = _load("_judges")
+corpus = load("_corpus")
+lm = load("_lm")
+judges = load("_judges")
 
 TRAIN = ["the cat sat on the mat .", "the dog sat on the log .", "a cat and a dog", ""]
 TEST = ["the cat sat on the log .", "unseen words here", "a mat and a log .", ""]

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from benchmark_kit import load
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-_load("_harness")
-corpus = _load("_corpus")
+load("_harness")
+corpus = load("_corpus")
 for _name in ("_lm", "_judges", "_vectors"):
-    _load(_name)
-quality = _load("select_quality")
+    load(_name)
+quality = load("select_quality")
 
 
 def _text(rng: random.Random, words: list[str]) -> str:

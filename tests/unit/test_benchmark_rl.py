@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_kit import load
 
 torch = pytest.importorskip("torch")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import _rl_toy as toy  # noqa: E402
-import rl_recovery  # noqa: E402
+for part in ("_harness", "_corpus", "_lm", "_judges"):
+    load(part)
+toy, rl_recovery = load("_rl_toy"), load("rl_recovery")
 
 
 @pytest.fixture

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from benchmark_kit import BENCHMARKS, load
 from optim_kit import Official, gradients
 
 torch = pytest.importorskip("torch")
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 for part in ("_harness", "_corpus", "_lm", "_judges"):
-    _load(part)
-step, spikes = _load("stable_spam_step"), _load("stable_spam_spikes")
+    load(part)
+step, spikes = load("stable_spam_step"), load("stable_spam_spikes")
 
 
 def test_the_peer_is_the_published_method() -> None:
