@@ -102,3 +102,12 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
 def paired(values: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
     """`interval` of the differences value - base, seed by seed."""
     return interval([a - b for a, b in zip(values, base, strict=True)])
+
+
+def log_ratio(peer: list[float], ours: list[float]) -> dict[str, Any]:
+    """Mean of peer / ours on a log scale, seed by seed, with its 95 % interval; None where one of them is 0."""
+    if min(*peer, *ours) <= 0:
+        return {"value": None, "low": None, "high": None, "n": len(peer)}
+    found = interval([math.log(a / b) for a, b in zip(peer, ours, strict=True)])
+    low, high = (math.exp(x) if x is not None else None for x in (found["low"], found["high"]))
+    return {"value": math.exp(found["mean"]), "low": low, "high": high, "n": len(peer)}

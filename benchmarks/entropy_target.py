@@ -33,9 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import torch
 from _harness import Cells, arguments, finish
-from _judges import interval, paired
+from _judges import interval, log_ratio, paired
 from _rl_toy import Setting, column, measured, reinforced, started
-from rl_recovery import log_ratio
 
 TARGET, PUSH = 0.55, 1.0
 COEFFICIENTS = (0.001, 0.1, 0.3, 1.0, 2.0, 4.0)

@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import torch
 from _harness import Cells, arguments, finish
-from _judges import interval, paired
+from _judges import interval, log_ratio, paired
 from _rl_toy import GROUP, Reinforcement, Setting, exact, reinforced, start, started, tasks
-from rl_recovery import MOST_ROUNDS, log_ratio
+from rl_recovery import MOST_ROUNDS
 
 ARMS: dict[str, dict[str, Any]] = {
     "none": {},

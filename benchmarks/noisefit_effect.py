@@ -23,7 +23,8 @@ deviation of each token's features, adds to the loss of the answers. Arms:
     auto          layers and scales by response, consistency 0.05: the authors' later script
 
 `wrong` and `abstains` trade off along a training; `auroc` does not. `differences` are arm minus sft over the same seeds with a
-95 % t interval; a negative `wrong` is fewer invented facts. What the intervals do not exclude is not claimed.
+95 % t interval; there is no other control, since a run of an arm and seed is always the same. A negative `wrong` is fewer invented
+facts. What the intervals do not exclude is not claimed.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _harness import Cells, arguments, finish
+from _judges import log_ratio
 
 STATEMENTS = (
     "{name} lives in {city} .",
@@ -355,10 +357,10 @@ def main() -> None:
     }  # fmt: skip
     key = "perturbed.wrong"
     ours, peer = table["noisefit"][key]["value"], table["sft"][key]["value"]
-    difference = differences["noisefit"][key]
+    ratio = log_ratio(column("sft", *key.split(".")), column("noisefit", *key.split(".")))
     record = {
-        "ours": ours, "peer": peer, "ratio": peer / ours if ours else None, "ci95": [difference["low"], difference["high"]],
-        "control": differences["sft_long"][key], "unit": "share of invented facts, perturbed questions; ci95 of ours minus sft",
+        "ours": ours, "peer": peer, "ratio": ratio["value"], "ci95": [ratio["low"], ratio["high"]], "control": None,
+        "unit": "share of invented facts, perturbed questions",
         "base_right": interval([base["right"] for base in bases.values()]), "table": table,
         "differences": differences, "sizes": sizes.__dict__,
         "layers": {arm: [found[arm, seed]["layers"] for seed in seeds] for arm in ARMS},

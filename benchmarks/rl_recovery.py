@@ -23,7 +23,6 @@ its mean over seeds on a log scale, and `control` the same of `dapo` with anothe
 from __future__ import annotations
 
 import functools
-import math
 import os
 import sys
 from pathlib import Path
@@ -34,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import torch
 from _harness import Cells, arguments, finish
-from _judges import interval, paired
+from _judges import interval, log_ratio, paired
 from _rl_toy import GROUPS, Setting, column, measured, reinforced, started
 
 SHARES = (0.25, 1.0, 2.0, 3.0)
@@ -81,13 +80,6 @@ def at_each(runs: list[dict[str, Any]], prompts: list[int]) -> list[float]:
     """Validation accuracy of each run when so many prompts were generated, between the measurements."""
     curves = [([point["prompts"] for point in c["curve"]], [point["pass@1"] for point in c["curve"]]) for c in runs]
     return [float(np.interp(n, *curve)) for n, curve in zip(prompts, curves, strict=True)]
-
-
-def log_ratio(peer: list[float], ours: list[float]) -> dict[str, Any]:
-    """Mean ratio on a log scale."""
-    found = interval([math.log(a / b) for a, b in zip(peer, ours, strict=True)])
-    low, high = (math.exp(x) if x is not None else None for x in (found["low"], found["high"]))
-    return {"value": math.exp(found["mean"]), "low": low, "high": high, "n": len(peer)}
 
 
 def compared(done: dict[tuple[str, int], Any], seeds: list[int], share: float) -> dict[str, Any]:
