@@ -21,6 +21,7 @@ from datasets import Dataset
 from posttrain.core.context import StageContext
 from posttrain.data.chat import encode_rows
 from posttrain.data.dataset import repeat_rows, training_rows
+from posttrain.data.mask import check_stops, shown_rows, told
 from posttrain.errors import DataError
 from posttrain.models.save import stop_ids
 from posttrain.trainers._train import (
@@ -146,6 +147,10 @@ def rows_to_dataset(cfg: Any, ctx: StageContext, model: Any, tokenizer: Any) -> 
     encoded, ctx.summary["encoding"] = encode_rows(
         tokenizer, rows, cfg.data, stop_ids=stops if isinstance(stops, list) else [stops], events=ctx.events
     )
+    check_stops(ctx.summary["encoding"], f"stages.{ctx.name}.data.max_length")
+    ctx.summary["encoding"]["shown"] = shown_rows(tokenizer, encoded)
+    for line in told(ctx.summary["encoding"]["shown"]):
+        ctx.events.log(line)
     weights = [item.weight for item in encoded] if cfg.data.weights == "loss" else None
     return encode_dataset(encoded, weights)
 

@@ -27,6 +27,7 @@ from posttrain.config.common import BatchConfig, LoraConfig, TrainConfig
 from posttrain.core.context import StageContext
 from posttrain.data.chat import set_template
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.models.fourbit import check_four_bit
 from posttrain.models.load import LoadedModel, load_model
 from posttrain.models.save import save_model
 from posttrain.models.source import resolve_model
@@ -119,12 +120,18 @@ def load_for_training(cfg: TrainConfig, ctx: StageContext) -> LoadedModel:
     """The stage's input model; an adapter is merged, or left attached and trainable with `lora.on_input: continue`."""
     hf_logging.disable_progress_bar()
     ref = ctx.ref("model")
-    keep = cfg.lora is not None and cfg.lora.on_input == "continue" and resolve_model(ref).form == "adapter"
+    form = resolve_model(ref).form
+    keep = cfg.lora is not None and cfg.lora.on_input == "continue" and form == "adapter"
     options = {key: ref.spec[key] for key in ("dtype", "attn") if key in ref.spec}
-    loaded = load_model(ref, merge=not keep, trust_remote_code=ctx.trust_remote_code, **options)
+    four_bit = cfg.lora is not None and cfg.lora.load_in_4bit
+    if four_bit:
+        check_four_bit(f"stages.{ctx.name}.lora.load_in_4bit", "folder" if keep else form)
+    loaded = load_model(ref, merge=not keep, trust_remote_code=ctx.trust_remote_code, four_bit=four_bit, **options)
+    if loaded.merge:
+        ctx.summary["merge"] = loaded.merge
     if ref.origin == "model" and loaded.source.id == ref.spec.get("offline"):
         ctx.events.log(f"the hub is not asked: {loaded.source.id} is taken in place of {ref.spec.get('id')}")
-    if not attached(loaded.model):
+    if not attached(loaded.model) and not four_bit:
         loaded.model.requires_grad_(True)
     if cfg.data.template:
         set_template(loaded.tokenizer, cfg.data.template, replace=ref.origin == "model")
@@ -148,7 +155,7 @@ def peft_config(lora: LoraConfig | None, model: Any, token_ids: Sequence[int] = 
     rows = token_rows(model, token_ids) if token_ids else None
     return PeftLora(
         r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=lora.dropout, trainable_token_indices=rows,
-        task_type="CAUSAL_LM",
+        use_dora=lora.dora, use_rslora=lora.rslora, task_type="CAUSAL_LM",
     )  # fmt: skip
 
 
@@ -232,6 +239,34 @@ def check_trainable(model: Any, where: str) -> int:
     return count
 
 
+def check_ties(model: Any, where: str) -> None:
+    """Refuses a low-rank update of one of two tied tables: on saving or merging, one would overwrite the other.
+
+    Args:
+        model: the trainer's model, a PeftModel or not.
+        where: dotted path of the field.
+
+    Raises:
+        ConfigError: an adapter sits on the embedding or the output layer, and both are one table.
+    """
+    if not attached(model):
+        return
+    from peft.tuners.lora import LoraLayer
+
+    inner = model.get_base_model()
+    inputs, outputs = inner.get_input_embeddings(), inner.get_output_embeddings()
+    if outputs is None or inputs.weight is not outputs.weight:
+        return
+    adapted = {"embedding": inputs, "output layer": outputs}
+    found = [name for name, module in adapted.items() if isinstance(module, LoraLayer)]
+    if found:
+        raise ConfigError(
+            f"the {' and the '.join(found)} would get an adapter, but embedding and output layer are one table here, tied",
+            where=where,
+            fix="leave embed_tokens and lm_head out; data.add_tokens trains rows of the table",
+        )
+
+
 def is_sharded(trainer: Any, where: str) -> bool:
     """Whether the weights are split over the processes (FSDP, ZeRO-3).
 
@@ -286,6 +321,7 @@ def train_and_commit(trainer: Any, cfg: TrainConfig, ctx: StageContext, loaded: 
             "LoRA with sharded weights (FSDP, ZeRO-3) is not supported", where=f"{where}.lora", fix="use ddp.yaml or zero2.yaml"
         )
     count = check_trainable(trainer.model, f"{where}.lora")
+    check_ties(trainer.model, f"{where}.lora.targets")
     base = loaded.base if attached(loaded.model) else loaded.source
     ctx.events.log(f"{count:,} trainable parameters")
     choose_optimizer(trainer, cfg, ctx)
