@@ -206,7 +206,9 @@ def build(
             args=args,
             train_dataset=dataset.select(order),
             processing_class=loaded.tokenizer,
-            peft_config=peft_config(cfg.lora, loaded.model, loaded.tokenizer.convert_tokens_to_ids(cfg.data.add_tokens)),
+            peft_config=peft_config(
+                cfg.lora, loaded.model, loaded.tokenizer.convert_tokens_to_ids(cfg.data.add_tokens), f"stages.{ctx.name}"
+            ),
             events=ctx.events,
             **options,
         )

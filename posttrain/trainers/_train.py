@@ -146,17 +146,47 @@ def attached(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def peft_config(lora: LoraConfig | None, model: Any, token_ids: Sequence[int] = ()) -> Any:
-    """peft's config of a new adapter that also trains the rows `token_ids`; None for full fine-tuning or an attached adapter."""
+def peft_config(lora: LoraConfig | None, model: Any, token_ids: Sequence[int] = (), where: str = "stage") -> Any:
+    """peft's config of a new adapter that also trains the rows `token_ids`; None for full fine-tuning or an attached adapter.
+
+    Raises:
+        ConfigError: the output layer, or one of two tied tables, would get an adapter; `where` is the stage's dotted path.
+    """
     if lora is None or attached(model):
         return None
     from peft import LoraConfig as PeftLora
 
     rows = token_rows(model, token_ids) if token_ids else None
-    return PeftLora(
+    config = PeftLora(
         r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=lora.dropout, trainable_token_indices=rows,
         use_dora=lora.dora, use_rslora=lora.rslora, task_type="CAUSAL_LM",
     )  # fmt: skip
+    _check_tables(config, model, where)
+    return config
+
+
+def _check_tables(config: Any, model: Any, where: str) -> None:
+    """Refuses a low-rank update of one of two tied tables, and of the output layer."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    everything = config.target_modules == "all-linear"
+    hit = {id(module): name for name, module in model.named_modules() if not everything and check_target_module_exists(config, name)}
+    tied = outputs is not None and inputs.weight is outputs.weight
+    found = [hit[id(module)] for module in (inputs, outputs) if id(module) in hit]
+    if found and tied:
+        raise ConfigError(
+            f"{' and '.join(found)} would get an adapter, but embedding and output layer are one tied table, of which the update "
+            "would reach one side only",
+            where=f"{where}.lora.targets",
+            fix=f"leave out {' and '.join(found)}; data.add_tokens trains rows of the table",
+        )
+    if id(outputs) in hit:
+        raise ConfigError(
+            f"{hit[id(outputs)]} would get an adapter that would never be trained: TRL's losses read the output layer's weight alone",
+            where=f"{where}.lora.targets",
+            fix=f"leave out {hit[id(outputs)]}",
+        )
 
 
 def trl_arguments(config_class: type, cfg: TrainConfig, ctx: StageContext, plan: Schedule, model: Any, **own: Any) -> Any:
@@ -239,34 +269,6 @@ def check_trainable(model: Any, where: str) -> int:
     return count
 
 
-def check_ties(model: Any, where: str) -> None:
-    """Refuses a low-rank update of one of two tied tables: on saving or merging, one would overwrite the other.
-
-    Args:
-        model: the trainer's model, a PeftModel or not.
-        where: dotted path of the field.
-
-    Raises:
-        ConfigError: an adapter sits on the embedding or the output layer, and both are one table.
-    """
-    if not attached(model):
-        return
-    from peft.tuners.lora import LoraLayer
-
-    inner = model.get_base_model()
-    inputs, outputs = inner.get_input_embeddings(), inner.get_output_embeddings()
-    if outputs is None or inputs.weight is not outputs.weight:
-        return
-    adapted = {"embedding": inputs, "output layer": outputs}
-    found = [name for name, module in adapted.items() if isinstance(module, LoraLayer)]
-    if found:
-        raise ConfigError(
-            f"the {' and the '.join(found)} would get an adapter, but embedding and output layer are one table here, tied",
-            where=where,
-            fix="leave embed_tokens and lm_head out; data.add_tokens trains rows of the table",
-        )
-
-
 def is_sharded(trainer: Any, where: str) -> bool:
     """Whether the weights are split over the processes (FSDP, ZeRO-3).
 
@@ -321,7 +323,6 @@ def train_and_commit(trainer: Any, cfg: TrainConfig, ctx: StageContext, loaded: 
             "LoRA with sharded weights (FSDP, ZeRO-3) is not supported", where=f"{where}.lora", fix="use ddp.yaml or zero2.yaml"
         )
     count = check_trainable(trainer.model, f"{where}.lora")
-    check_ties(trainer.model, f"{where}.lora.targets")
     base = loaded.base if attached(loaded.model) else loaded.source
     ctx.events.log(f"{count:,} trainable parameters")
     choose_optimizer(trainer, cfg, ctx)

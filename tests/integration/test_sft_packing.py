@@ -21,7 +21,8 @@ def make_rows(lengths: list[int], seed: int = 0) -> list[Any]:
     """Random rows of these lengths; the first third of each carries no loss."""
     draw = random.Random(seed)
     return [
-        SimpleNamespace(input_ids=[draw.randrange(5, 390) for _ in range(n)], loss_mask=[0] * (n // 3) + [1] * (n - n // 3)) for n in lengths
+        SimpleNamespace(input_ids=[draw.randrange(5, 390) for _ in range(n)], loss_mask=[0] * (n // 3) + [1] * (n - n // 3))
+        for n in lengths
     ]
 
 
@@ -67,7 +68,11 @@ def test_the_measure_sees_a_leak(tiny_model_dir: Path, layout: str) -> None:
     def blind(examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = collate(examples)
         width = batch["input_ids"].size(1)
-        return {"input_ids": batch["input_ids"], "labels": batch["labels"], "position_ids": torch.arange(width)[None].expand_as(batch["labels"])}
+        return {
+            "input_ids": batch["input_ids"],
+            "labels": batch["labels"],
+            "position_ids": torch.arange(width)[None].expand_as(batch["labels"]),
+        }
 
     before = torch.get_rng_state()
     assert leak(model, blind, DOCUMENTS) > 100 * LIMIT[torch.float32]
