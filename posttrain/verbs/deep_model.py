@@ -132,7 +132,8 @@ def check_stage(stage: PlannedStage, models: Models, rows: list[Row], found: Fin
     fits = _check_lengths(stage, models.positions(stage), path, found)
     if isinstance(stage.config, TrainConfig):
         if stage.config.lora is not None and stage.config.lora.load_in_4bit:
-            found.trying(path, lambda: check_four_bit(f"{path}.lora.load_in_4bit", "folder"))
+            field = f"{path}.lora.load_in_4bit"
+            found.trying(field, lambda: check_four_bit(field, "folder"))
         if fits:
             found.trying(path, lambda: _check_rows(stage, models, rows, found))
         _check_memory(stage, models.parameters(stage), path, found)
