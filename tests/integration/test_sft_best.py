@@ -277,6 +277,41 @@ def test_four_bit_options_are_the_papers() -> None:
     assert given["bnb_4bit_compute_dtype"] == "bfloat16" and options["device_map"] == {"": "cuda:0"}
 
 
+def test_a_base_in_four_bits_is_asked_for_and_left_as_it_is(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers is asked for, with a float base in its place; the adapter belongs to the base as given."""
+    from transformers import AutoModelForCausalLM
+
+    from posttrain.models.load import load_model
+
+    original, asked = AutoModelForCausalLM.from_pretrained, []
+
+    def recorded(*args: Any, quantization_config: Any = None, device_map: Any = None, **kwargs: Any) -> Any:
+        asked.append((quantization_config, device_map))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr("posttrain.models.fourbit.four_bit_problem", lambda: "")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recorded)
+    ctx = run_stage(tmp_path, "sft", CHATS, "messages", tiny_model_dir, **BASE, lora={"r": 4, "load_in_4bit": True})
+    assert len(asked) == 1 and asked[0][0].bnb_4bit_quant_type == "nf4" and asked[0][1] == {"": "cpu"}
+    loaded = load_model(tmp_path / "out")
+    assert asked[1] == (None, None) and loaded.merge and ctx.meta["base_digest"]
+
+
+def test_the_tiny_chain_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`configs/tiny/sft.yaml`: packed, length-grouped with DoRA, exported with its merge checked."""
+    from posttrain.cli import main
+
+    file = Path(__file__).resolve().parents[2] / "configs" / "tiny" / "sft.yaml"
+    assert main(["run", str(file), "--runs", str(tmp_path), "--quiet"]) == 0
+    made = {}
+    for path in (tmp_path / "tiny-sft" / "stages").glob("*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        made[manifest["name"]] = manifest
+    assert made["grouped"]["kind"] == "adapter" and made["packed"]["summary"]["encoding"]["shown"]
+    figures = made["whole"]["summary"]
+    assert 0 <= figures["merge_difference"] <= figures["merge_limit"]
+
+
 @pytest.mark.parametrize(
     ("method", "lora", "words"),
     [("sft", {"dora": True, "on_input": "continue"}, "new adapter"), ("grpo", {"load_in_4bit": True}, "supervised")],
