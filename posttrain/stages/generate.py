@@ -10,7 +10,6 @@ The artifact holds `rollouts.jsonl`: one object a completion with id, sample, pr
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -139,26 +138,21 @@ def _complete(engine: Any, block: Sequence[Any], cfg: Config, ctx: Any) -> Itera
 
 
 def _write_blocks(engine: Any, prompts: Sequence[Any], cfg: Config, ctx: Any) -> list[Path]:
+    from posttrain.core.blocks import write_blocks
     from posttrain.data.shards import json_line
 
-    folder = ctx.work / "blocks"
-    folder.mkdir(exist_ok=True)
-    files, done, total = [], 0, len(prompts) * cfg.samples
+    blocks = _blocks(prompts, cfg)
+    done, total = [0], len(prompts) * cfg.samples
 
     def report(drawn: int, _: int, tokens: int) -> None:
-        ctx.events.progress("generate", done + drawn, total, "completions", tokens=tokens)
+        ctx.events.progress("generate", done[0] + drawn, total, "completions", tokens=tokens)
+
+    def finished(number: int) -> None:
+        done[0] += len(blocks[number]) * cfg.samples
+        ctx.events.progress("generate", done[0], total, "completions", tokens=engine.tokens)
 
     engine.progress = report
-    for number, block in enumerate(_blocks(prompts, cfg)):
-        file = folder / f"{number:06d}.jsonl"
-        files.append(file)
-        if not file.exists():
-            partial = file.with_suffix(".tmp")
-            partial.write_bytes(b"".join(json_line(record) for record in _complete(engine, block, cfg, ctx)))
-            partial.replace(file)
-        done += len(block) * cfg.samples
-        ctx.events.progress("generate", done, total, "completions", tokens=engine.tokens)
-    return files
+    return write_blocks(ctx.work / "blocks", len(blocks), lambda n: map(json_line, _complete(engine, blocks[n], cfg, ctx)), finished)
 
 
 def _summarise(file: Path, cfg: Config, ctx: Any) -> None:
@@ -198,6 +192,7 @@ def _summarise(file: Path, cfg: Config, ctx: Any) -> None:
 )
 def run(cfg: Config, ctx: Any) -> None:
     """Completes the prompts of `in.data` with the model of `in.model` and writes `rollouts.jsonl`."""
+    from posttrain.core.blocks import join_blocks
     from posttrain.models.load import load_model
     from posttrain.rewards import failures
     from posttrain.rollout.hf import HFEngine
@@ -213,10 +208,7 @@ def run(cfg: Config, ctx: Any) -> None:
     engine = HFEngine(loaded.model, loaded.tokenizer, max_batch=cfg.batch)
     files = _write_blocks(engine, prompts, cfg, ctx)
     target = ctx.out / "rollouts.jsonl"
-    with open(target, "wb") as out:
-        for file in files:
-            with open(file, "rb") as block:
-                shutil.copyfileobj(block, out)
+    join_blocks(files, target)
     _summarise(target, cfg, ctx)
     ctx.summary.update(tokens_per_s=engine.tokens_per_s, reward_failures=failures())
     ctx.meta["samples"] = cfg.samples
