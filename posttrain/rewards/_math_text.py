@@ -129,8 +129,10 @@ def _number(text: str) -> Fraction | None:
         return -value if sign == "-" else value
     if found := _REPEATING.match(text):
         sign, whole, fixed, again = found.groups()
-        value = (int(whole or 0) * 10 ** len(fixed) + int(fixed or 0) + Fraction(int(again), 10 ** len(again) - 1)) / 10 ** len(fixed)
-        return -value if sign == "-" else value
+        period: Fraction = (int(whole or 0) * 10 ** len(fixed) + int(fixed or 0) + Fraction(int(again), 10 ** len(again) - 1)) / 10 ** len(
+            fixed
+        )
+        return -period if sign == "-" else period
     if found := _POWER.match(text):
         return Fraction(int(found.group(1))) ** int(found.group(2))
     return None
