@@ -152,7 +152,7 @@ def peft_config(lora: LoraConfig | None, model: Any, token_ids: Sequence[int] = 
     )  # fmt: skip
 
 
-def trl_arguments(config_class: type, cfg: TrainConfig, ctx: StageContext, plan: Schedule, model: Any, **own: Any) -> Any:
+def trl_arguments(config_class: Any, cfg: TrainConfig, ctx: StageContext, plan: Schedule, model: Any, **own: Any) -> Any:
     """The TRL config of a stage: our fields, then the `trl:` block, which cannot override them.
 
     Raises:
@@ -193,7 +193,7 @@ def trl_arguments(config_class: type, cfg: TrainConfig, ctx: StageContext, plan:
         "gradient_checkpointing": bool(ctx.ref("model").spec.get("gradient_checkpointing", False)),
         "dataloader_pin_memory": gpu,
         "train_sampling_strategy": "sequential",
-        "shuffle_dataset": False,
+        **({"shuffle_dataset": False} if "shuffle_dataset" in config_class.__dataclass_fields__ else {}),
         "ddp_backend": "gloo" if not gpu and ctx.world.size > 1 else None,
     }
     try:
