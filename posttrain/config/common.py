@@ -163,6 +163,8 @@ class LoraConfig(Strict):
     """Module names, or `all-linear`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
+    last_layers: Positive | None = None
+    """Only the last so many decoder layers get adapters; none = all."""
     on_input: Literal["merge", "continue"] = "merge"
     """Given an adapter: merge it in float32 and start a new one, or train the same one on."""
 
@@ -288,6 +290,13 @@ class StopAt(Steering):
     """The level."""
 
 
+class Guard(Steering):
+    """Keep the best weights by a validation metric, and stop once it has become so much worse; a smaller loss is better."""
+
+    rise: Annotated[float, Field(gt=0)] = 0.02
+    """Share of the best value by which the metric may be worse."""
+
+
 class CommitConfig(Strict):
     """Which weights a trainer commits."""
 
@@ -370,6 +379,10 @@ class TrainConfig(StageConfig):
     """Last or best weights."""
     stop: StopAt | None = None
     """Stop early at a level of a validation metric."""
+    guard: Guard | None = None
+    """Stop where a validation metric has become worse than it was, and commit the best weights; for many epochs."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout of the model, set on its modules and verified there; none = as the model has it. Adapters have `lora.dropout`."""
     eval: StageEval = StageEval()
     """Evaluation around this stage."""
     log_every: Annotated[Positive, REPORT_ONLY] = 10
@@ -383,6 +396,8 @@ class TrainConfig(StageConfig):
             raise ValueError("give exactly one of `steps` and `epochs`")
         if self.steps is not None and self.optim.schedule != "constant" and self.optim.warmup >= self.steps:
             raise ValueError(f"optim.warmup: {self.optim.warmup:g} of {self.steps} steps never reach the peak learning rate; lower it")
+        if self.guard is not None and self.commit.best is not None:
+            raise ValueError("guard commits the best weights by its metric; remove commit.best")
         if self.data.add_tokens and self.lora is not None and self.lora.on_input == "continue":
             raise ValueError("data.add_tokens needs a new adapter; set lora.on_input: merge")
         return self
@@ -390,5 +405,9 @@ class TrainConfig(StageConfig):
 
 def steering(config: StageConfig) -> dict[str, Steering]:
     """Dotted field -> validation metric that steers the stage, so that its evaluation can change committed bytes."""
-    found = {"commit.best": getattr(getattr(config, "commit", None), "best", None), "stop": getattr(config, "stop", None)}
+    found = {
+        "commit.best": getattr(getattr(config, "commit", None), "best", None),
+        "stop": getattr(config, "stop", None),
+        "guard": getattr(config, "guard", None),
+    }
     return {field: item for field, item in found.items() if isinstance(item, Steering)}

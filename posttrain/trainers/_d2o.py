@@ -28,6 +28,7 @@ from posttrain.trainers._d2o_samples import (
     write_artifact,
     write_references,
 )
+from posttrain.trainers._dropout import set_dropout
 from posttrain.trainers._train import (
     attached,
     describe,
@@ -39,9 +40,10 @@ from posttrain.trainers._train import (
     train_and_commit,
     trl_arguments,
     trl_refusals,
+    warn_of_epochs,
 )
 from posttrain.trainers._trl import Reliable
-from posttrain.trainers._watch import evaluate_around, preserved_rng
+from posttrain.trainers._watch import evaluate_around, preserved_rng, save_kept
 
 PATIENCE = 10
 """Steps over which `max_self_drop` is averaged."""
@@ -82,7 +84,7 @@ class D2OTrainer(Reliable, _Step):
         super().__init__(*args, data_collator=_numbers, **kwargs)
         self.groups, self.d2o, self._before_window = groups, cfg, before_window
         self._window, self._sums, self.drops = -1, dict[str, list[float]](), deque[float](maxlen=PATIENCE)
-        self.model_accepts_loss_kwargs = False
+        self.stopped: Callable[[int, float], None] | None = None
         self.add_callback(_StopOnDrop(self))
 
     def before_micro_batch(self) -> None:
@@ -228,6 +230,8 @@ class _StopOnDrop(TrainerCallback):
         mean = sum(trainer.drops) / len(trainer.drops)
         if len(trainer.drops) == PATIENCE and mean > limit:
             control.should_training_stop = True
+            if trainer.stopped is not None:
+                trainer.stopped(state.global_step, mean)
             if trainer.events is not None:
                 trainer.events.warn(
                     f"own answers have fallen {mean:.3g} nats a token below their reference (max_self_drop {limit:g}): training stops "
@@ -254,18 +258,6 @@ def _sides(groups: Sequence[Group], logps: torch.Tensor) -> tuple[torch.Tensor, 
         negative.append(logps[at + count])
         at += count + 1
     return torch.stack(own), torch.stack(refs), torch.stack(negative), logps.new_tensor([group.negative_ref for group in groups])
-
-
-def _silence(model: Any, where: str) -> None:
-    """No dropout, on modules too: log-probabilities are compared with references that had none."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and module.p:
-            module.p = 0.0
-        rate = getattr(module, "attention_dropout", 0.0)
-        if isinstance(rate, float) and rate:
-            module.attention_dropout = 0.0
-            if getattr(module, "attention_dropout", 0.0):
-                raise ConfigError(f"`{name}` keeps its dropout", where=where, fix="set it to 0 in the model's config")
 
 
 class _Windows:
@@ -366,9 +358,11 @@ def build(cfg: Any, ctx: StageContext, loaded: Any) -> tuple[D2OTrainer, _Window
             cfg=cfg,
             before_window=windows,
         )
-    _silence(trainer.model, f"stages.{ctx.name}")
+    trainer.stopped = lambda step, value: save_kept(trainer, ctx, "stop", step, value)
+    set_dropout(trainer.model, 0.0, f"stages.{ctx.name}")
     describe(ctx, plan, "prompts")
     ctx.summary.update(prompts=len(groups), epochs=round(plan.steps * plan.rows / len(rows), 4))
+    warn_of_epochs(cfg, ctx, ctx.summary["epochs"])
     return trainer, windows
 
 

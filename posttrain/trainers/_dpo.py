@@ -24,6 +24,7 @@ from posttrain.trainers._train import (
     train_and_commit,
     trl_arguments,
     trl_refusals,
+    warn_of_epochs,
 )
 from posttrain.trainers._trl import Reliable
 from posttrain.trainers._watch import evaluate_around
@@ -103,4 +104,5 @@ def run_dpo(cfg: Any, ctx: StageContext) -> None:
         "epochs": round(steps * plan.rows / len(dataset), 4),
     }
     ctx.summary.update(trainer.facts_after(plan.steps))
+    warn_of_epochs(cfg, ctx, ctx.summary["epochs"])
     train_and_commit(trainer, cfg, ctx, loaded)

@@ -35,6 +35,7 @@ from posttrain.trainers._train import (
     train_and_commit,
     trl_arguments,
     trl_refusals,
+    warn_of_epochs,
 )
 from posttrain.trainers._trl import Reliable, pass_bias_on
 from posttrain.trainers._watch import evaluate_around
@@ -207,4 +208,5 @@ def run_sft(cfg: Any, ctx: StageContext, trainer_class: type[SFTTrainer] = SFTTr
         f"{facts['tokens_unique']:,} unique tokens, {facts['tokens']:,} seen in {facts['epochs']:g} epochs, "
         f"{facts['tokens_supervised']:,} of them with loss"
     )
+    warn_of_epochs(cfg, ctx, facts["epochs"])
     train_and_commit(trainer, cfg, ctx, loaded)

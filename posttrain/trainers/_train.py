@@ -33,9 +33,13 @@ from posttrain.models.source import resolve_model
 from posttrain.models.tokens import add_tokens, token_rows
 from posttrain.rollout.base import request_seed
 from posttrain.trainers._checkpoint import read_checkpoint
+from posttrain.trainers._dropout import set_dropout
 from posttrain.trainers._fields import check_trl_fields, owned_fields
 from posttrain.trainers._optim import choose_optimizer
 from posttrain.trainers._watch import evaluate_around, kept_folder, watch
+
+REPEATS = 4.0
+"""Epochs from which a run is warned of."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +130,25 @@ def load_for_training(cfg: TrainConfig, ctx: StageContext) -> LoadedModel:
         ctx.events.log(f"the hub is not asked: {loaded.source.id} is taken in place of {ref.spec.get('id')}")
     if not attached(loaded.model):
         loaded.model.requires_grad_(True)
+    if cfg.dropout is not None:
+        count = set_dropout(loaded.model, cfg.dropout, f"stages.{ctx.name}.dropout")
+        ctx.events.log(f"dropout {cfg.dropout:g} in {count} places")
     if cfg.data.template:
         set_template(loaded.tokenizer, cfg.data.template, replace=ref.origin == "model")
     if cfg.data.add_tokens:
         ids = add_tokens(loaded.model, loaded.tokenizer, cfg.data.add_tokens)
         ctx.events.log(f"added tokens: {', '.join(f'{token} = {i}' for token, i in zip(cfg.data.add_tokens, ids, strict=True))}")
     return loaded
+
+
+def warn_of_epochs(cfg: TrainConfig, ctx: StageContext, epochs: float) -> None:
+    """Many passes over the same tokens cost held-out quality (Xue et al. 2023, arXiv 2305.13230)."""
+    if epochs <= REPEATS or cfg.guard is not None:
+        return
+    ctx.events.warn(
+        f"{epochs:g} epochs over the same data, more than {REPEATS:g}: held-out loss may rise; set `guard` to stop where it does, "
+        "`dropout` (verified on the model's modules) to soften it, or train on more data"
+    )
 
 
 def attached(model: Any) -> bool:
@@ -146,10 +163,30 @@ def peft_config(lora: LoraConfig | None, model: Any, token_ids: Sequence[int] = 
     from peft import LoraConfig as PeftLora
 
     rows = token_rows(model, token_ids) if token_ids else None
+    targets, layers = lora.targets, None
+    if lora.last_layers is not None:
+        count = model.config.get_text_config().num_hidden_layers
+        if lora.last_layers > count:
+            raise ConfigError(f"the model has {count} layers, got {lora.last_layers}", where="lora.last_layers", fix="lower it")
+        layers = list(range(count - lora.last_layers, count))
+        targets = _linear_names(model) if targets == "all-linear" else targets
     return PeftLora(
-        r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=lora.dropout, trainable_token_indices=rows,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+        layers_to_transform=layers,
+        lora_dropout=lora.dropout,
+        trainable_token_indices=rows,
         task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
+
+
+def _linear_names(model: Any) -> list[str]:
+    """Last parts of the names of linear modules, the output head left out."""
+    head = model.get_output_embeddings()
+    return sorted(
+        {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+    )
 
 
 def trl_arguments(config_class: Any, cfg: TrainConfig, ctx: StageContext, plan: Schedule, model: Any, **own: Any) -> Any:
@@ -263,10 +300,15 @@ def whole_model(trainer: Any, sharded: bool) -> Any:
     return whole
 
 
+def stops_early(cfg: TrainConfig) -> bool:
+    """Whether something may end the run before its last step; a method of its own rules has `stops_itself`."""
+    return bool(cfg.stop or cfg.guard or getattr(cfg, "stops_itself", False))
+
+
 def _take_kept(trainer: Any, cfg: TrainConfig, ctx: StageContext) -> int:
     """Loads the weights of an early stop, or the best ones, where the config asks for them; returns the steps of the run."""
     steps = int(trainer.state.global_step)
-    for kind, wanted in (("stop", cfg.stop), ("best", cfg.commit.best)):
+    for kind, wanted in (("stop", stops_early(cfg)), ("best", cfg.commit.best or cfg.guard or getattr(cfg, "keeps_best", False))):
         folder = kept_folder(ctx.work, kind) if wanted else None
         if folder is None:
             continue
@@ -291,7 +333,7 @@ def train_and_commit(trainer: Any, cfg: TrainConfig, ctx: StageContext, loaded: 
     choose_optimizer(trainer, cfg, ctx)
     watch(cfg, ctx, trainer, loaded.tokenizer)
     start = time.monotonic()
-    stopped = kept_folder(ctx.work, "stop") if cfg.stop else None
+    stopped = kept_folder(ctx.work, "stop") if stops_early(cfg) else None
     if stopped is None:
         trainer.train(resume_from_checkpoint=True)
     seconds = read_checkpoint(stopped).extra["seconds"] if stopped else trainer.seconds_before + time.monotonic() - start

@@ -84,7 +84,14 @@ class D2OStage(TrainConfig):
             raise ValueError("data.packing, group_by_length, weights and add_tokens do nothing here; remove them")
         if self.batch.tokens is not None:
             raise ValueError("batch.tokens does nothing here; give batch.rows, the prompts of a step")
+        if self.dropout:
+            raise ValueError("dropout must be off, since the references have none; remove it")
         return self
+
+    @property
+    def stops_itself(self) -> bool:
+        """`max_self_drop` may end the run."""
+        return self.max_self_drop is not None and self.loss == "d2o"
 
 
 SAMPLES = Port(("rollouts",), optional=True)
