@@ -163,6 +163,10 @@ class LoraConfig(Strict):
     """Module names, or `all-linear`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
+    dora: bool = False
+    """Weight-decomposed adapters, DoRA (arXiv 2402.09353)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732)."""
     last_layers: Positive | None = None
     """Only the last so many decoder layers get adapters; none = all."""
     on_input: Literal["merge", "continue"] = "merge"

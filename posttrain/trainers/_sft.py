@@ -41,6 +41,8 @@ from posttrain.trainers._trl import Reliable, pass_bias_on
 from posttrain.trainers._watch import evaluate_around
 
 IGNORED = -100
+SHOWN, LINE = 3, 400
+"""Sequences whose loss mask is shown in the report, and characters of the first that are logged."""
 WEIGHT = "loss_weight"
 
 
@@ -148,7 +150,20 @@ def rows_to_dataset(cfg: Any, ctx: StageContext, model: Any, tokenizer: Any) -> 
         tokenizer, rows, cfg.data, stop_ids=stops if isinstance(stops, list) else [stops], events=ctx.events
     )
     weights = [item.weight for item in encoded] if cfg.data.weights == "loss" else None
+    ctx.summary["loss_mask"] = [marked(tokenizer, item.input_ids, item.loss_mask) for item in encoded[:SHOWN]]
+    ctx.events.log(f"loss on what is in brackets: {ctx.summary['loss_mask'][0][:LINE]}")
     return encode_dataset(encoded, weights)
+
+
+def marked(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
+    """The text of a sequence, special tokens included, with what carries loss in ⟦brackets⟧."""
+    parts, at = [], 0
+    while at < len(ids):
+        end = next((i for i in range(at, len(ids)) if bool(mask[i]) != bool(mask[at])), len(ids))
+        text = tokenizer.decode(ids[at:end], clean_up_tokenization_spaces=False)
+        parts.append(f"⟦{text}⟧" if mask[at] else text)
+        at = end
+    return "".join(parts)
 
 
 def token_facts(dataset: Dataset, order: Sequence[int]) -> dict[str, float]:

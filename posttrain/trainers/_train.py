@@ -176,6 +176,8 @@ def peft_config(lora: LoraConfig | None, model: Any, token_ids: Sequence[int] = 
         target_modules=targets,
         layers_to_transform=layers,
         lora_dropout=lora.dropout,
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
         trainable_token_indices=rows,
         task_type="CAUSAL_LM",
     )
