@@ -12,7 +12,16 @@ from posttrain.config.base import Positive, Strict
 
 SCHEMA_BYTES = 64 * 1024
 REGEX_CHARS = 4096
-KINDS = ("choices", "regex", "json_schema", "lark", "boxed", "banned", "plugin", "all")
+KINDS = ("choices", "regex", "json_schema", "lark", "boxed", "banned", "uncited", "plugin", "all")
+
+
+class UncitedConfig(Strict):
+    """Texts that must not be cited."""
+
+    path: str | list[str]
+    """Shards, as in a source: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt; e.g. the training data."""
+    ngram: Annotated[int, Field(ge=2)] = 8
+    """Words in a row that are a citation."""
 
 
 class ConstraintConfig(Strict):
@@ -30,6 +39,8 @@ class ConstraintConfig(Strict):
     r"""The text ends with an answer in `\boxed{}`."""
     banned: Annotated[list[str], Field(min_length=1)] | None = None
     """None of these texts occurs."""
+    uncited: UncitedConfig | None = None
+    """No long run of words of these texts is repeated: the citation blocker of hyperfitting."""
     plugin: str | None = None
     """A Python predicate of a package named with --plugin; see `posttrain.rollout.constraints.predicate`."""
     args: dict[str, Any] = {}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from posttrain.config.constraint import ConstraintConfig
 from posttrain.errors import ConfigError
 from posttrain.rollout.constraints import BOXED, All, Banned, Choices, Constraint, Grammar, Predicated, _library, find_predicate
+from posttrain.rollout.uncited import Uncited
 
 WHERE = "rollout.constraint"
 
@@ -23,6 +24,8 @@ def build_constraint(config: ConstraintConfig, where: str = WHERE) -> Constraint
         return Choices(config.choices)
     if config.banned is not None:
         return Banned(config.banned)
+    if config.uncited is not None:
+        return Uncited(_texts(config.uncited.path), config.uncited.ngram)
     if config.plugin is not None:
         return Predicated(find_predicate(config.plugin), config.args, config.plugin)
     if config.all is not None:
@@ -36,6 +39,15 @@ def build_constraint(config: ConstraintConfig, where: str = WHERE) -> Constraint
     if config.boxed:
         return Grammar(matcher.grammar_from_regex(BOXED), f"{where}.boxed")
     return Grammar(matcher.grammar_from_regex(config.regex), f"{where}.regex")
+
+
+def _texts(path: str | list[str]) -> Iterator[str]:
+    from posttrain.data.rows import row_text
+    from posttrain.data.shards import expand_shards, read_shard
+
+    for shard in expand_shards(path):
+        for _, row in read_shard(shard, on_bad="skip"):
+            yield row_text(row)
 
 
 def _json_schema(config: ConstraintConfig, where: str) -> Constraint:

@@ -163,6 +163,37 @@ def test_the_vocabulary_and_the_mask_of_a_real_tokenizer(tiny_tokenizer):
     assert fork.tokens == checker.tokens and fork.tokens is not None
 
 
+def test_citations_are_blocked_where_a_word_is_complete(tmp_path):
+    """Against brute force on random words, in pieces that cut words anywhere."""
+    rng = np.random.default_rng(0)
+    letters = ["a", "bb", "c", "dé"]
+    texts = [" ".join(rng.choice(letters, 12)) for _ in range(3)]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    constraint = built(uncited={"path": str(path), "ngram": 3})
+    grams = {tuple(words[i : i + 3]) for words in map(str.split, texts) for i in range(10)}
+    refused = 0
+    for _ in range(300):
+        words = rng.choice(letters, 5).tolist()
+        text = ("  ".join(words) + rng.choice(["", " ", "\n"])).encode()
+        state, good = constraint.start(), True
+        cuts = sorted({0, len(text), *rng.integers(0, len(text), 4).tolist()})
+        for low, high in itertools.pairwise(cuts):
+            good = good and state.fork().allows(text[low:high])
+            if not good:
+                break
+            state.advance(text[low:high])
+        ended = text.decode().endswith((" ", "\n"))
+        done = words if ended else words[:-1]
+        want = not any(tuple(done[i : i + 3]) in grams for i in range(len(done) - 2))
+        assert good == want
+        if good:
+            assert state.complete() == (tuple(words[-3:]) not in grams)
+        refused += not good
+    assert 20 < refused < 280
+    assert prefix(constraint, texts[0].encode()[:4]) and not prefix(constraint, texts[0].encode())
+
+
 def test_predicates_come_from_plugins_and_their_faults_are_not_refusals():
     @predicate("test-vowels")
     def vowels(text: bytes, ends: bool, least: int = 0) -> bool:
