@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -274,6 +274,13 @@ class StopAt(Steering):
     """The level."""
 
 
+class Guard(Steering):
+    """Keep the best weights by a validation metric, and stop once it has become so much worse; a smaller loss is better."""
+
+    rise: Annotated[float, Field(gt=0)] = 0.02
+    """Share of the best value by which the metric may be worse."""
+
+
 class CommitConfig(Strict):
     """Which weights a trainer commits."""
 
@@ -338,6 +345,9 @@ class StageConfig(Strict):
 class TrainConfig(StageConfig):
     """Fields every trainer has."""
 
+    takes_four_bit: ClassVar[bool] = False
+    """Whether `lora.load_in_4bit` may be set: only stages that do nothing but train on rows."""
+
     data: DataConfig = DataConfig()
     """Rows to tokens."""
     optim: OptimConfig = OptimConfig()
@@ -356,6 +366,10 @@ class TrainConfig(StageConfig):
     """Last or best weights."""
     stop: StopAt | None = None
     """Stop early at a level of a validation metric."""
+    guard: Guard | None = None
+    """Stop where a validation metric has become worse than it was, and commit the best weights; for many epochs."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout of the model, set on its modules and verified there; none = as the model has it. Adapters have `lora.dropout`."""
     eval: StageEval = StageEval()
     """Evaluation around this stage."""
     log_every: Annotated[Positive, REPORT_ONLY] = 10
@@ -369,6 +383,10 @@ class TrainConfig(StageConfig):
             raise ValueError("give exactly one of `steps` and `epochs`")
         if self.steps is not None and self.optim.schedule != "constant" and self.optim.warmup >= self.steps:
             raise ValueError(f"optim.warmup: {self.optim.warmup:g} of {self.steps} steps never reach the peak learning rate; lower it")
+        if self.guard is not None and self.commit.best is not None:
+            raise ValueError("guard commits the best weights by its metric; remove commit.best")
+        if self.lora is not None and self.lora.load_in_4bit and not self.takes_four_bit:
+            raise ValueError("lora.load_in_4bit is for supervised training; remove it")
         if self.data.add_tokens and self.lora is not None and self.lora.on_input == "continue":
             raise ValueError("data.add_tokens needs a new adapter; set lora.on_input: merge")
         return self
@@ -376,5 +394,9 @@ class TrainConfig(StageConfig):
 
 def steering(config: StageConfig) -> dict[str, Steering]:
     """Dotted field -> validation metric that steers the stage, so that its evaluation can change committed bytes."""
-    found = {"commit.best": getattr(getattr(config, "commit", None), "best", None), "stop": getattr(config, "stop", None)}
+    found = {
+        "commit.best": getattr(getattr(config, "commit", None), "best", None),
+        "stop": getattr(config, "stop", None),
+        "guard": getattr(config, "guard", None),
+    }
     return {field: item for field, item in found.items() if isinstance(item, Steering)}

@@ -27,6 +27,8 @@ class LoraConfig(Strict):
     load_in_4bit: bool = False
     """QLoRA (arXiv 2305.14314): during training the base is held in NF4 with double quantization. Needs a GPU and bitsandbytes. The
     committed adapter belongs to the base as it was given, unquantized."""
+    last_layers: Positive | None = None
+    """Only the last so many decoder layers get adapters; none = all."""
     on_input: Literal["merge", "continue"] = "merge"
     """Given an adapter: merge it in float32 and start a new one, or train the same one on."""
 

@@ -1,4 +1,4 @@
-"""Sequence classifiers as scorers of conversations, e.g. reward models: one number a conversation."""
+"""Sequence classifiers on conversations: reward models (one number a conversation) and classifiers of prompts."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class LoadedClassifier:
             ids = self.tokenizer("\n\n".join(str(turn["content"] or "") for turn in messages))["input_ids"]
         return [int(token) for token in ids][-self.max_length :]
 
-    def scores(self, conversations: Sequence[Sequence[Mapping[str, Any]]], batch: int = 16) -> list[float]:
-        """The label's logit, in float32, for each conversation; NaN where the tokenizer makes nothing of it.
+    def logits(self, conversations: Sequence[Sequence[Mapping[str, Any]]], batch: int = 16) -> list[list[float]]:
+        """Logits of all labels, in float32, for each conversation; NaN where the tokenizer makes nothing of it.
 
         Args:
             conversations: lists of `{role, content}`.
@@ -51,17 +51,25 @@ class LoadedClassifier:
 
         ids = [self.token_ids(messages) for messages in conversations]
         order = sorted((i for i, found in enumerate(ids) if found), key=lambda i: -len(ids[i]))
-        values = [float("nan")] * len(ids)
+        values = [[float("nan")] * self.model.config.num_labels] * len(ids)
         with torch.inference_mode():
             for rows in _chunks(order, batch):
                 longest = len(ids[rows[0]])
                 pad = self.tokenizer.pad_token_id
                 tokens = torch.tensor([ids[i] + [pad] * (longest - len(ids[i])) for i in rows], device=self.device)
                 mask = torch.tensor([[1] * len(ids[i]) + [0] * (longest - len(ids[i])) for i in rows], device=self.device)
-                logits = self.model(input_ids=tokens, attention_mask=mask).logits[:, self.label].float().tolist()
-                for i, value in zip(rows, logits, strict=True):
+                for i, value in zip(rows, self.model(input_ids=tokens, attention_mask=mask).logits.float().tolist(), strict=True):
                     values[i] = value
         return values
+
+    def scores(self, conversations: Sequence[Sequence[Mapping[str, Any]]], batch: int = 16) -> list[float]:
+        """The logit of `label` for each conversation; see `logits`."""
+        return [found[self.label] for found in self.logits(conversations, batch)]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the labels, in the order of the logits."""
+        return [str(self.model.config.id2label[number]) for number in range(self.model.config.num_labels)]
 
 
 def _chunks(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:

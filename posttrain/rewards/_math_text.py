@@ -6,12 +6,13 @@ same everywhere:
 - numbers: `1,000`, `1{,}000`, `23,\!450,\!600`, `1e3`, `10^{3}`, `1/2`, `\frac12`, `1\frac{1}{2}`, `.5` are exact rationals; equality is
   exact, so 0.333 is not 1/3. `1{,}5` (a decimal comma) is not a number and never 15.
 - a percent sign on one side only matches either reading: `50\%` equals `0.5` and `50`.
-- units and words in `\text{}` after a number, `$`, degrees, font commands and one outer `(...)` round a number are ignored.
-- `x=5` equals `5`; `x=5` and `y=5` differ.
-- `47_9` (base 9) equals only itself, not 479 and not 43.
-- `(a,b)`, `[a,b)`: ordered, brackets count. `\{a,b\}`, `{a,b}` and bare lists `a, b`: unordered.
+- units and words in `\text{}` after a number, written-out degrees, dollars, percent and the like, `$`, font commands and one outer
+  `(...)` round a number are ignored; words in `\text{}` with a digit, `or`, `and`, `not` are no unit.
+- `x=5` equals `5`; `x=5` and `y=5` differ. Likewise `0<x\le 1` equals `(0,1]`.
+- `47_9` (base 9) equals only itself and `47_{9}`, not 479 and not 43.
+- `(a,b)`, `[a,b)`: ordered, brackets count. `\{a,b\}`, `{a,b}`, `a, b`, `a` and `b`, `a` or `b`: unordered.
 - a gold that is one capital letter is a choice: `B`, `(B)`, `b.`, `B)` match it, nothing else does.
-- an answer with words (`7 or 8`, `not B`, `answer`) matches only the same words.
+- an answer with words (`not B`, `answer`) matches only the same words.
 """
 
 from __future__ import annotations
@@ -21,16 +22,29 @@ from fractions import Fraction
 
 _FRAC = re.compile(r"\\[dtc]?frac(?![a-zA-Z])")
 _WRAPPER = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm|textbf|textit|text|mbox|operatorname)\s*\{([^{}]*)\}")
-_TRAILING_UNIT = re.compile(r"(?<=[\d}%])\s*\\(?:text|mathrm|mbox|textbf)\s*\{[^{}]*\}(?:\^\{?\d\}?)?\s*\.?$")
-_SPACES = re.compile(r"\\[!,;: ]|~|\\q?quad(?![a-zA-Z])|\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\(?:displaystyle|limits)(?![a-zA-Z])")
+_TRAILING_UNIT = re.compile(
+    r"(?<=[\d}%])\s*\\(?:text|mathrm|mbox|textbf)\s*\{(?![^{}]*\b(?:or|and|not|to)\b)[^{}\d]*\}(?:\^\{?\d\}?)?\s*\.?$"
+)
+_PLAIN_UNIT = re.compile(
+    r"(?<=\d) (?:degrees?|radians?|dollars?|cents?|euros?|(?:square |cubic )?(?:units?|feet|inch(?:es)?|miles?|[cmk]?m|meters?|metres?)"
+    r"|[mk]?g|hours?|minutes?|seconds?|days?|weeks?|months?|years?|people|ways|times|km/h|mph|m/s)$",
+    re.IGNORECASE,
+)
+_TEXT_JOIN = re.compile(r"\\(?:text|mathrm|mbox|textbf) ?\{ ?(and|or) ?\}")
+_JOIN = re.compile(r" ?,? ?\b(?:and|or)\b ?")
+_SPACES = re.compile(
+    r"(?<!\\)\\[!,;: ]|~|\\q?quad(?![a-zA-Z])|\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\(?:displaystyle|limits)(?![a-zA-Z])"
+)
 _THOUSANDS = re.compile(r"^[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?$")
 _DECIMAL = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?$")
 _RATIO = re.compile(r"^([-+]?)\\frac\{([-+]?[\d.,]+)\}\{([-+]?[\d.,]+)\}$")
 _SLASH = re.compile(r"^([-+]?[\d.,]+)/([-+]?[\d.,]+)$")
 _MIXED = re.compile(r"^([-+]?)(\d+)(?:\\frac\{(\d+)\}\{(\d+)\}| (\d+)/(\d+))$")
+_REPEATING = re.compile(r"^([-+]?)(\d*)\.(\d*)\\overline\{(\d{1,20})\}$")
 _POWER = re.compile(r"^([-+]?\d{1,6})\^\{?([-+]?\d{1,3})\}?$")
 _BASED = re.compile(r"^\(?([0-9A-Za-z]+)\)?_\{?(\d+)\}?$")
 _NAMED = re.compile(r"^([a-zA-Z](?:_\{?\w+\}?)?)\s*=\s*([^=<>]+)$")
+_CHAIN = re.compile(r"^([^<>=]+?)(<|\\leq?(?![a-zA-Z]))([a-zA-Z])(<|\\leq?(?![a-zA-Z]))([^<>=]+)$")
 _CHOICE = re.compile(r"^\(?([A-Za-z])[).]?\.?$")
 _COMMANDS = re.compile(r"\\[a-zA-Z]+")
 _WORD = re.compile(r"[A-Za-z]{3,}|\b(?:or|is)\b")
@@ -38,7 +52,8 @@ _TRIGONOMETRIC = ("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", 
 _FUNCTIONS = frozenset((*_TRIGONOMETRIC, "log", "exp", "sqrt", "max", "min", "mod", "gcd", "lcm", "det", "abs", "inf"))
 _SPELLINGS = {
     "−": "-", "–": "-", "∞": r"\infty", "π": r"\pi", "√": r"\sqrt", "×": r"\times", r"\$": "", r"\%": "%",
-    r"\lbrace": r"\{", r"\rbrace": r"\}",
+    r"\lbrace": r"\{", r"\rbrace": r"\}", r"\varnothing": r"\emptyset", "∅": r"\emptyset", "≤": r"\le ", r"\leqslant": r"\le ",
+    "bmatrix": "pmatrix",
 }  # fmt: skip
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 MAX_CHARS = 2000
@@ -50,14 +65,18 @@ def normalise(text: str) -> str:
     for spelling, plain in _SPELLINGS.items():
         text = text.replace(spelling, plain)
     text = re.sub(r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ",", text)
-    text = _TRAILING_UNIT.sub("", text)
     text = _SPACES.sub(lambda match: "" if match.group()[:2] in (r"\!", r"\l", r"\r", r"\d") else " ", text)
+    text = _TRAILING_UNIT.sub("", text)
+    text = _TEXT_JOIN.sub(r" \1 ", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])|°", "", text)
     for _ in range(3):
         text = _WRAPPER.sub(r"\1", text)
     text = _braced_fractions(_FRAC.sub(r"\\frac", text))
     text = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", text)
     text = re.sub(r"\s+", " ", text).strip()
+    text = _PLAIN_UNIT.sub("", re.sub(r"(?<=\d) (?:percent|per cent)$", "%", text))
+    joined = _JOIN.sub(",", text)
+    text = text if has_words(joined) else joined
     text = re.sub(r"\s*([-+=,()\[\]{}/^_<>|*])\s*", r"\1", text)
     return text[:-1].rstrip() if text.endswith(".") else text
 
@@ -108,6 +127,12 @@ def _number(text: str) -> Fraction | None:
         sign, whole, a, b, c, d = found.groups()
         value = int(whole) + Fraction(int(a or c), int(b or d))
         return -value if sign == "-" else value
+    if found := _REPEATING.match(text):
+        sign, whole, fixed, again = found.groups()
+        period: Fraction = (int(whole or 0) * 10 ** len(fixed) + int(fixed or 0) + Fraction(int(again), 10 ** len(again) - 1)) / 10 ** len(
+            fixed
+        )
+        return -period if sign == "-" else period
     if found := _POWER.match(text):
         return Fraction(int(found.group(1))) ** int(found.group(2))
     return None
@@ -191,16 +216,27 @@ def _decide(gold: str, answer: str) -> bool | None:
         return True
     if len(answer) > MAX_CHARS:
         return False
-    if "_" in gold + answer and (_BASED.match(gold) or _BASED.match(answer)):
-        return False
-    left, right = _NAMED.match(gold), _NAMED.match(answer)
+    if "_" in gold + answer and ((based := _BASED.match(gold)) or _BASED.match(answer)):
+        other = _BASED.match(answer)
+        return based is not None and other is not None and based.groups() == other.groups()
+    left, right = _named(gold), _named(answer)
     if left or right:
-        if left and right and left.group(1) != right.group(1):
+        if left and right and left[0] != right[0]:
             return False
-        return _decide(left.group(2) if left else gold, right.group(2) if right else answer)
+        return _decide(left[1] if left else gold, right[1] if right else answer)
     if has_words(gold) or has_words(answer):
         return _fold(gold) == _fold(answer)
     return _decide_values(gold, answer)
+
+
+def _named(text: str) -> tuple[str, str] | None:
+    """(variable, what it is) of `x=5`, and of `0<x<1`, which is the interval `(0,1)`."""
+    if found := _NAMED.match(text):
+        return found.group(1), found.group(2)
+    if found := _CHAIN.match(text):
+        low, left, name, right, high = (part.strip() for part in found.groups())
+        return name, f"{'(' if left == '<' else '['}{low},{high}{')' if right == '<' else ']'}"
+    return None
 
 
 def _decide_values(gold: str, answer: str) -> bool | None:

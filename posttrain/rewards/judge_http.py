@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import socket
 import threading
 import time
 import urllib.error
@@ -48,6 +49,67 @@ class _Failed(Exception):
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+
+class _Watch:
+    """The sockets of one request; all are shut when its time is up, since a socket's own time limit starts again with every byte."""
+
+    def __init__(self, seconds: float) -> None:
+        self._sockets: list[socket.socket] = []
+        self.late = False
+        self._timer = threading.Timer(seconds, self._shut)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Watch:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def add(self, found: socket.socket) -> None:
+        """Watches one more socket."""
+        self._sockets.append(found)
+        if self.late:
+            self._shut()
+
+    def _shut(self) -> None:
+        self.late = True
+        for found in self._sockets:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(found, socket.SHUT_RDWR)
+
+
+class _Plain(http.client.HTTPConnection):
+    watch: _Watch
+
+    def connect(self) -> None:
+        super().connect()
+        self.watch.add(self.sock)
+
+
+class _Secure(http.client.HTTPSConnection, _Plain):
+    def connect(self) -> None:
+        super().connect()
+        self.watch.add(self.sock)
+
+
+class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens both kinds of addresses by connections that are watched."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def _watched(self, connection: _Plain) -> http.client.HTTPConnection:
+        connection.watch = self._watch
+        return connection
+
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(lambda host, **options: self._watched(_Plain(host, **options)), req)
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(lambda host, **options: self._watched(_Secure(host, **options)), req)
 
 
 class Cache:
@@ -122,17 +184,20 @@ class _Judge:
         if stop <= time.monotonic():
             raise _Failed("timeout")
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json", **self.headers}, method="POST")
-        try:
-            with urllib.request.build_opener(_NoRedirect).open(request, timeout=max(0.05, stop - time.monotonic())) as answer:
-                return self._score(_read(answer, stop))
-        except urllib.error.HTTPError as error:
-            error.close()
-            raise _Failed("status" if error.code in AGAIN else "refused") from None
-        except TimeoutError:
-            raise _Failed("timeout") from None
-        except (OSError, http.client.HTTPException) as error:
-            late = isinstance(getattr(error, "reason", None), TimeoutError)
-            raise _Failed("timeout" if late else "connection") from None
+        limit = max(0.05, stop - time.monotonic())
+        with _Watch(limit) as watch:
+            try:
+                with urllib.request.build_opener(_NoRedirect, _Handler(watch)).open(request, timeout=limit) as answer:
+                    raw = _read(answer)
+            except urllib.error.HTTPError as error:
+                error.close()
+                raise _Failed("status" if error.code in AGAIN else "refused") from None
+            except (OSError, http.client.HTTPException) as error:
+                late = watch.late or isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError)
+                raise _Failed("timeout" if late else "connection") from None
+            if watch.late:
+                raise _Failed("timeout")
+        return self._score(raw)
 
     def _score(self, raw: bytes) -> float:
         try:
@@ -152,17 +217,14 @@ class _Judge:
         return score
 
 
-def _read(answer: Any, stop: float) -> bytes:
-    """The body, within time and size; a server that drips is cut off."""
-    parts, size = [], 0
-    while part := answer.read1(1 << 16):
-        parts.append(part)
-        size += len(part)
-        if size > ANSWER_BYTES:
-            raise _Failed("answer")
-        if time.monotonic() > stop:
-            raise _Failed("timeout")
-    return b"".join(parts)
+def _read(answer: Any) -> bytes:
+    """The whole body, within the size; half of one is a lost connection, since half of a number is another number."""
+    raw: bytes = answer.read(ANSWER_BYTES + 1)
+    if len(raw) > ANSWER_BYTES:
+        raise _Failed("answer")
+    if answer.length:
+        raise http.client.IncompleteRead(raw, answer.length)
+    return raw
 
 
 def _variables(text: str, what: str) -> str:

@@ -12,6 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from posttrain.config.constraint import SamplerConfig
+from posttrain.rollout.constraints import Constraint
+
+DEFAULT_SAMPLER = SamplerConfig()
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -40,12 +45,16 @@ class Request:
         seed: seed of this request's own noise; the result does not depend on the batch around it.
         sampling: see Sampling.
         id: free text that comes back with the completion.
+        constraint: what the completion must satisfy.
+        sampler: how a constrained completion is drawn.
     """
 
     prompt_ids: Sequence[int]
     seed: int
     sampling: Sampling = Sampling()
     id: str = ""
+    constraint: Constraint | None = None
+    sampler: SamplerConfig = DEFAULT_SAMPLER
 
 
 @dataclass(frozen=True)
@@ -56,10 +65,11 @@ class Completion:
         id: of the request.
         prompt_ids: token ids given.
         token_ids: token ids really sampled, the end token included.
-        logprobs: natural-log probability of each under the sampling distribution; same length as token_ids.
+        logprobs: natural-log probability of each under the sampling distribution *without* the constraint; same length as token_ids.
         text: decoded, cut before a stop string, without end tokens.
-        finish_reason: `stop` (end token or stop string) or `length`.
+        finish_reason: `stop` (end token or stop string), `length`, `dead_end` (the constraint allows no token), or `checker_error`.
         version: weight version it was drawn with.
+        extra: of constrained completions, see `posttrain.rollout.particles`.
     """
 
     id: str

@@ -1,6 +1,7 @@
 """Rollout engine on a transformers model in this process: the live policy during training, or a loaded model.
 
-Requests are sorted by prompt length and drawn in batches of at most `max_batch`. A prompt that several requests of a batch
+Requests are sorted by prompt length and drawn in batches of at most `max_batch`, constrained ones (see
+`posttrain.rollout.particles`) by themselves. A prompt that several requests of a batch
 share is computed once and its key-value cache expanded. Rows that have ended leave the batch. Log-probabilities are float32
 log-softmax values of the sampling distribution, those that a trainer recomputes with the same temperature.
 """
@@ -19,6 +20,7 @@ import torch
 
 from posttrain.errors import NumericsError, RolloutError
 from posttrain.rollout.base import Completion, Request
+from posttrain.rollout.constraints import Vocabulary
 from posttrain.rollout.sampling import SamplingRows, sample, uniforms
 from posttrain.rollout.stopping import StopRule, end_ids
 
@@ -49,6 +51,7 @@ class HFEngine:
         self.tokenizer, self.max_batch, self.progress = tokenizer, max_batch, progress
         self.version, self.tokens, self.seconds = 0, 0, 0.0
         self.eos_ids = end_ids(model, tokenizer)
+        self._vocabulary: Vocabulary | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -64,14 +67,49 @@ class HFEngine:
         """
         self._check(requests)
         start = time.perf_counter()
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), tuple(requests[i].prompt_ids)))
         done: dict[int, Completion] = {}
         with evaluation_mode(self.model), torch.no_grad():
-            for first in range(0, len(order), self.max_batch):
-                rows = order[first : first + self.max_batch]
-                done.update(zip(rows, self._batch([requests[i] for i in rows], first, len(requests)), strict=True))
+            for rows in self._batches(requests):
+                draw = self._batch if requests[rows[0]].constraint is None else self._constrained
+                done.update(zip(rows, draw([requests[i] for i in rows], len(done), len(requests)), strict=True))
         self.seconds += time.perf_counter() - start
         return [done[i] for i in range(len(requests))]
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+        """Numbers of the requests, free ones first, by length; at most `max_batch` rows a batch, a particle being a row."""
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), tuple(requests[i].prompt_ids)))
+        for free in (True, False):
+            rows: list[int] = []
+            size = 0
+            for i in order:
+                if (requests[i].constraint is None) is not free:
+                    continue
+                count = 1 if free else requests[i].sampler.particles
+                if rows and size + count > self.max_batch:
+                    yield rows
+                    rows, size = [], 0
+                rows.append(i)
+                size += count
+            if rows:
+                yield rows
+
+    def _constrained(self, requests: Sequence[Request], before: int, total: int) -> list[Completion]:
+        from posttrain.rollout.particles import Particles
+
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary.of(self.tokenizer, self.eos_ids)
+        device = next(self.model.parameters()).device
+        drawn = Particles(requests, self.tokenizer, self._vocabulary, device)
+        prefix = _Prefix(self.model, [list(requests[i].prompt_ids) for i in drawn.owners], drawn.longest, device)
+        for step in range(drawn.longest):
+            self.tokens += drawn.take(step, prefix.logits)
+            self._report(before + drawn.done, total)
+            rows = drawn.next_rows()
+            if rows is None or step + 1 == drawn.longest:
+                break
+            prefix.select(torch.from_numpy(rows).to(device))
+            prefix.advance(torch.from_numpy(drawn.last_tokens()).to(device))
+        return drawn.completions(self.version)
 
     def load_weights(self, source: Any, version: int) -> None:
         """Takes new weights and stamps them.

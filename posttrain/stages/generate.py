@@ -5,22 +5,26 @@ rows are worked through in blocks; a finished block is kept in the work folder, 
 The noise of a completion is keyed by (seed, row, sample), so nothing depends on where it was cut.
 
 The artifact holds `rollouts.jsonl`: one object a completion with id, sample, prompt, completion, prompt_ids, token_ids, logprobs
-(of the sampling distribution, natural log), finish_reason, and reward, rewards, answer where there are any.
+(of the sampling distribution, natural log, without a constraint), finish_reason, and reward, rewards, answer where there are any; with
+`constraint` also `constrained`: its weight, log Z and what it cost, see `posttrain.rollout.particles`.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.config.base import Positive
 from posttrain.config.common import RewardUse, StageConfig
+from posttrain.config.constraint import ConstraintConfig, SamplerConfig
 from posttrain.core.registry import data_port, model_port, stage
 from posttrain.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from posttrain.rollout.constraints import Constraint
 
 BLOCK_BATCHES = 4
 SHOWN = 8
@@ -42,6 +46,10 @@ class Config(StageConfig):
     """Most probable tokens kept; 0 is off."""
     stop: list[str] = []
     """Stop strings; the text is cut before them, token ids keep them."""
+    constraint: ConstraintConfig | None = None
+    """What every completion must satisfy."""
+    sampler: SamplerConfig = SamplerConfig()
+    """How constrained completions are drawn."""
     rewards: list[RewardUse] = []
     """Rewards to score completions with; `reward` is their weighted sum."""
     rows: Positive | None = None
@@ -64,6 +72,20 @@ class Config(StageConfig):
         if any(item.role == "gate" for item in value):
             raise ValueError("role: gate is for grpo; here every reward's value is written beside the sum")
         return value
+
+    @model_validator(mode="after")
+    def _constrainable(self) -> Config:
+        if self.constraint is None:
+            if "sampler" in self.model_fields_set:
+                raise ValueError("`sampler` goes with `constraint`")
+            return self
+        if self.top_k or self.top_p < 1:
+            raise ValueError("a constraint does not go with top_p or top_k: its weights are those of the whole distribution")
+        if self.stop:
+            raise ValueError("a constraint does not go with stop strings, which would end a text before it is complete")
+        if self.temperature == 0 and self.sampler.particles > 1:
+            raise ValueError("particles at temperature 0 would all be equal; set a temperature")
+        return self
 
     @model_validator(mode="after")
     def _distinct(self) -> Config:
@@ -109,14 +131,16 @@ def _blocks(prompts: Sequence[Any], cfg: Config) -> list[Sequence[Any]]:
     return [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
 
-def _complete(engine: Any, block: Sequence[Any], cfg: Config, ctx: Any) -> Iterator[dict[str, Any]]:
+def _complete(engine: Any, block: Sequence[Any], cfg: Config, ctx: Any, constraint: Constraint | None) -> Iterator[dict[str, Any]]:
     from posttrain.rewards import score
     from posttrain.rollout.base import Request, Sampling, request_seed
 
     sampling = Sampling(cfg.max_tokens, cfg.temperature, cfg.top_p, cfg.top_k, tuple(cfg.stop))
     owners = [(row, k) for _, row, _ in block for k in range(cfg.samples)]
     requests = [
-        Request(ids, request_seed(ctx.seed, row["id"], i, k), sampling, row["id"]) for i, row, ids in block for k in range(cfg.samples)
+        Request(ids, request_seed(ctx.seed, row["id"], i, k), sampling, row["id"], constraint, cfg.sampler)
+        for i, row, ids in block
+        for k in range(cfg.samples)
     ]
     found = engine.generate(requests)
     columns = {name: [row.get(name) for row, _ in owners] for name in {key for row, _ in owners for key in row}}
@@ -135,30 +159,34 @@ def _complete(engine: Any, block: Sequence[Any], cfg: Config, ctx: Any) -> Itera
             "prompt_ids": item.prompt_ids,
             "token_ids": item.token_ids,
             "logprobs": item.logprobs,
+            **({"constrained": item.extra} if constraint is not None else {}),
         }
 
 
+def _constraint(cfg: Config, ctx: Any) -> Constraint | None:
+    from posttrain.rollout._build import build_constraint
+
+    return None if cfg.constraint is None else build_constraint(cfg.constraint, f"stages.{ctx.name}.constraint")
+
+
 def _write_blocks(engine: Any, prompts: Sequence[Any], cfg: Config, ctx: Any) -> list[Path]:
+    from posttrain.core.blocks import write_blocks
     from posttrain.data.shards import json_line
 
-    folder = ctx.work / "blocks"
-    folder.mkdir(exist_ok=True)
-    files, done, total = [], 0, len(prompts) * cfg.samples
+    blocks, constraint = _blocks(prompts, cfg), _constraint(cfg, ctx)
+    done, total = [0], len(prompts) * cfg.samples
 
     def report(drawn: int, _: int, tokens: int) -> None:
-        ctx.events.progress("generate", done + drawn, total, "completions", tokens=tokens)
+        ctx.events.progress("generate", done[0] + drawn, total, "completions", tokens=tokens)
+
+    def finished(number: int) -> None:
+        done[0] += len(blocks[number]) * cfg.samples
+        ctx.events.progress("generate", done[0], total, "completions", tokens=engine.tokens)
 
     engine.progress = report
-    for number, block in enumerate(_blocks(prompts, cfg)):
-        file = folder / f"{number:06d}.jsonl"
-        files.append(file)
-        if not file.exists():
-            partial = file.with_suffix(".tmp")
-            partial.write_bytes(b"".join(json_line(record) for record in _complete(engine, block, cfg, ctx)))
-            partial.replace(file)
-        done += len(block) * cfg.samples
-        ctx.events.progress("generate", done, total, "completions", tokens=engine.tokens)
-    return files
+    return write_blocks(
+        ctx.work / "blocks", len(blocks), lambda n: map(json_line, _complete(engine, blocks[n], cfg, ctx, constraint)), finished
+    )
 
 
 def _summarise(file: Path, cfg: Config, ctx: Any) -> None:
@@ -182,12 +210,33 @@ def _summarise(file: Path, cfg: Config, ctx: Any) -> None:
     ctx.summary.update(
         rows_out=count, tokens=tokens, samples=shown, finished={"value": stopped / count, "low": low, "high": high, "n": count}
     )
+    if cfg.constraint is not None:
+        ctx.summary["constrained"] = _constrained(file)
     if cfg.rewards:
         ctx.summary["reward"] = {
             "mean": sum(rewards) / len(rewards) if rewards else None,
             "n": len(rewards),
             "unjudged": count - len(rewards),
         }
+
+
+def _constrained(file: Path) -> dict[str, Any]:
+    """Means over the completions, and how they ended."""
+    import json
+    from collections import Counter
+
+    sums: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    count = complete = 0
+    with open(file, encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            found = record["constrained"]
+            count, complete = count + 1, complete + found["complete"]
+            reasons[record["finish_reason"]] += 1
+            for name in ("calls", "accepted", "masked", "ess"):
+                sums[name] += found[name]
+    return {**{name: value / count for name, value in sums.items()}, "complete": complete / count, "finish_reasons": dict(reasons)}
 
 
 @stage(
@@ -198,6 +247,7 @@ def _summarise(file: Path, cfg: Config, ctx: Any) -> None:
 )
 def run(cfg: Config, ctx: Any) -> None:
     """Completes the prompts of `in.data` with the model of `in.model` and writes `rollouts.jsonl`."""
+    from posttrain.core.blocks import join_blocks
     from posttrain.models.load import load_model
     from posttrain.rewards import failures
     from posttrain.rollout.hf import HFEngine
@@ -213,10 +263,7 @@ def run(cfg: Config, ctx: Any) -> None:
     engine = HFEngine(loaded.model, loaded.tokenizer, max_batch=cfg.batch)
     files = _write_blocks(engine, prompts, cfg, ctx)
     target = ctx.out / "rollouts.jsonl"
-    with open(target, "wb") as out:
-        for file in files:
-            with open(file, "rb") as block:
-                shutil.copyfileobj(block, out)
+    join_blocks(files, target)
     _summarise(target, cfg, ctx)
     ctx.summary.update(tokens_per_s=engine.tokens_per_s, reward_failures=failures())
     ctx.meta["samples"] = cfg.samples

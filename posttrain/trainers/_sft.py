@@ -24,6 +24,7 @@ from posttrain.data.dataset import repeat_rows, training_rows
 from posttrain.data.mask import check_stops, shown_rows, told
 from posttrain.errors import DataError
 from posttrain.models.save import stop_ids
+from posttrain.trainers._lora import peft_config
 from posttrain.trainers._packing import isolate, pack
 from posttrain.trainers._train import (
     Schedule,
@@ -33,10 +34,10 @@ from posttrain.trainers._train import (
     grouped_order,
     load_for_training,
     make_schedule,
-    peft_config,
     train_and_commit,
     trl_arguments,
     trl_refusals,
+    warn_of_epochs,
 )
 from posttrain.trainers._trl import Reliable, pass_bias_on
 from posttrain.trainers._watch import evaluate_around
@@ -234,4 +235,5 @@ def run_sft(cfg: Any, ctx: StageContext, trainer_class: type[SFTTrainer] = SFTTr
         f"{facts['tokens_unique']:,} unique tokens, {facts['tokens']:,} seen in {facts['epochs']:g} epochs, "
         f"{facts['tokens_supervised']:,} of them with loss"
     )
+    warn_of_epochs(cfg, ctx, facts["epochs"])
     train_and_commit(trainer, cfg, ctx, loaded)

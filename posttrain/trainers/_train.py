@@ -23,7 +23,7 @@ import torch
 from accelerate import DistributedType
 from transformers.utils import logging as hf_logging
 
-from posttrain.config.common import BatchConfig, LoraConfig, TrainConfig
+from posttrain.config.common import BatchConfig, TrainConfig
 from posttrain.core.context import StageContext
 from posttrain.data.chat import set_template
 from posttrain.errors import ConfigError, PosttrainError
@@ -31,12 +31,17 @@ from posttrain.models.fourbit import check_four_bit
 from posttrain.models.load import LoadedModel, load_model
 from posttrain.models.save import save_model
 from posttrain.models.source import resolve_model
-from posttrain.models.tokens import add_tokens, token_rows
+from posttrain.models.tokens import add_tokens
 from posttrain.rollout.base import request_seed
 from posttrain.trainers._checkpoint import read_checkpoint
+from posttrain.trainers._dropout import set_dropout
 from posttrain.trainers._fields import check_trl_fields, owned_fields
+from posttrain.trainers._lora import attached
 from posttrain.trainers._optim import choose_optimizer
 from posttrain.trainers._watch import evaluate_around, kept_folder, watch
+
+REPEATS = 4.0
+"""Epochs from which a run is warned of."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,9 @@ def load_for_training(cfg: TrainConfig, ctx: StageContext) -> LoadedModel:
         ctx.events.log(f"the hub is not asked: {loaded.source.id} is taken in place of {ref.spec.get('id')}")
     if not attached(loaded.model) and not four_bit:
         loaded.model.requires_grad_(True)
+    if cfg.dropout is not None:
+        count = set_dropout(loaded.model, cfg.dropout, f"stages.{ctx.name}.dropout")
+        ctx.events.log(f"dropout {cfg.dropout:g} in {count} places")
     if cfg.data.template:
         set_template(loaded.tokenizer, cfg.data.template, replace=ref.origin == "model")
     if cfg.data.add_tokens:
@@ -141,55 +149,17 @@ def load_for_training(cfg: TrainConfig, ctx: StageContext) -> LoadedModel:
     return loaded
 
 
-def attached(model: Any) -> bool:
-    """True for a PeftModel; a merged model may still carry peft's attributes."""
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+def warn_of_epochs(cfg: TrainConfig, ctx: StageContext, epochs: float) -> None:
+    """Many passes over the same tokens cost held-out quality (Xue et al. 2023, arXiv 2305.13230)."""
+    if epochs <= REPEATS or cfg.guard is not None:
+        return
+    ctx.events.warn(
+        f"{epochs:g} epochs over the same data, more than {REPEATS:g}: held-out loss may rise; set `guard` to stop where it does, "
+        "`dropout` (verified on the model's modules) to soften it, or train on more data"
+    )
 
 
-def peft_config(lora: LoraConfig | None, model: Any, token_ids: Sequence[int] = (), where: str = "stage") -> Any:
-    """peft's config of a new adapter that also trains the rows `token_ids`; None for full fine-tuning or an attached adapter.
-
-    Raises:
-        ConfigError: the output layer, or one of two tied tables, would get an adapter; `where` is the stage's dotted path.
-    """
-    if lora is None or attached(model):
-        return None
-    from peft import LoraConfig as PeftLora
-
-    rows = token_rows(model, token_ids) if token_ids else None
-    config = PeftLora(
-        r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=lora.dropout, trainable_token_indices=rows,
-        use_dora=lora.dora, use_rslora=lora.rslora, task_type="CAUSAL_LM",
-    )  # fmt: skip
-    _check_tables(config, model, where)
-    return config
-
-
-def _check_tables(config: Any, model: Any, where: str) -> None:
-    """Refuses a low-rank update of one of two tied tables, and of the output layer."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    everything = config.target_modules == "all-linear"
-    hit = {id(module): name for name, module in model.named_modules() if not everything and check_target_module_exists(config, name)}
-    tied = outputs is not None and inputs.weight is outputs.weight
-    found = [hit[id(module)] for module in (inputs, outputs) if id(module) in hit]
-    if found and tied:
-        raise ConfigError(
-            f"{' and '.join(found)} would get an adapter, but embedding and output layer are one tied table, of which the update "
-            "would reach one side only",
-            where=f"{where}.lora.targets",
-            fix=f"leave out {' and '.join(found)}; data.add_tokens trains rows of the table",
-        )
-    if id(outputs) in hit:
-        raise ConfigError(
-            f"{hit[id(outputs)]} would get an adapter that would never be trained: TRL's losses read the output layer's weight alone",
-            where=f"{where}.lora.targets",
-            fix=f"leave out {hit[id(outputs)]}",
-        )
-
-
-def trl_arguments(config_class: type, cfg: TrainConfig, ctx: StageContext, plan: Schedule, model: Any, **own: Any) -> Any:
+def trl_arguments(config_class: Any, cfg: TrainConfig, ctx: StageContext, plan: Schedule, model: Any, **own: Any) -> Any:
     """The TRL config of a stage: our fields, then the `trl:` block, which cannot override them.
 
     Raises:
@@ -230,7 +200,7 @@ def trl_arguments(config_class: type, cfg: TrainConfig, ctx: StageContext, plan:
         "gradient_checkpointing": bool(ctx.ref("model").spec.get("gradient_checkpointing", False)),
         "dataloader_pin_memory": gpu,
         "train_sampling_strategy": "sequential",
-        "shuffle_dataset": False,
+        **({"shuffle_dataset": False} if "shuffle_dataset" in config_class.__dataclass_fields__ else {}),
         "ddp_backend": "gloo" if not gpu and ctx.world.size > 1 else None,
     }
     try:
@@ -300,10 +270,15 @@ def whole_model(trainer: Any, sharded: bool) -> Any:
     return whole
 
 
+def stops_early(cfg: TrainConfig) -> bool:
+    """Whether something may end the run before its last step; a method of its own rules has `stops_itself`."""
+    return bool(cfg.stop or cfg.guard or getattr(cfg, "stops_itself", False))
+
+
 def _take_kept(trainer: Any, cfg: TrainConfig, ctx: StageContext) -> int:
     """Loads the weights of an early stop, or the best ones, where the config asks for them; returns the steps of the run."""
     steps = int(trainer.state.global_step)
-    for kind, wanted in (("stop", cfg.stop), ("best", cfg.commit.best)):
+    for kind, wanted in (("stop", stops_early(cfg)), ("best", cfg.commit.best or cfg.guard or getattr(cfg, "keeps_best", False))):
         folder = kept_folder(ctx.work, kind) if wanted else None
         if folder is None:
             continue
@@ -328,7 +303,7 @@ def train_and_commit(trainer: Any, cfg: TrainConfig, ctx: StageContext, loaded: 
     choose_optimizer(trainer, cfg, ctx)
     watch(cfg, ctx, trainer, loaded.tokenizer)
     start = time.monotonic()
-    stopped = kept_folder(ctx.work, "stop") if cfg.stop else None
+    stopped = kept_folder(ctx.work, "stop") if stops_early(cfg) else None
     if stopped is None:
         trainer.train(resume_from_checkpoint=True)
     seconds = read_checkpoint(stopped).extra["seconds"] if stopped else trainer.seconds_before + time.monotonic() - start

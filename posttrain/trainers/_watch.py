@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from posttrain.config.common import BestCommit, Steering, StopAt, TrainConfig, steering
+from posttrain.config.common import Guard, Steering, StopAt, TrainConfig, steering
 from posttrain.core.context import StageContext
 from posttrain.core.durable import write_json
 from posttrain.errors import ArtifactError, ConfigError
@@ -63,13 +63,14 @@ class Watch(TrainerCallback):
     def __init__(
         self, cfg: TrainConfig, ctx: StageContext, trainer: Any, tokenizer: Any, measure: Callable[[Any, Any], dict[str, Any]]
     ) -> None:
-        self.best, self.stop, self.every = cfg.commit.best, cfg.stop, cfg.eval.every
+        self.best, self.stop, self.guard, self.every = cfg.commit.best, cfg.stop, cfg.guard, cfg.eval.every
         self.ctx, self.trainer, self.tokenizer, self.measure = ctx, trainer, tokenizer, measure
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Runs after the update, before a checkpoint of the same step."""
         step = state.global_step
-        if not any(every and step % every == 0 for every in (self.every, self.best and self.best.every, self.stop and self.stop.every)):
+        steered = [item.every for item in (self.best, self.stop, self.guard) if item]
+        if not any(every and step % every == 0 for every in (self.every, *steered)):
             return
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         with preserved_rng():
@@ -82,9 +83,26 @@ class Watch(TrainerCallback):
             self._keep(self.best, step, found)
         if self.stop and step % self.stop.every == 0 and self._reached(self.stop, step, found):
             control.should_training_stop = True
+        if self.guard and step % self.guard.every == 0 and self._worse(self.guard, step, found):
+            control.should_training_stop = True
 
-    def _keep(self, best: BestCommit, step: int, found: dict[str, Any]) -> None:
-        value, kept = _metric(found, best.metric, "commit.best"), kept_folder(self.ctx.work, "best")
+    def _worse(self, guard: Guard, step: int, found: dict[str, Any]) -> bool:
+        """Keeps the best; True where the metric has become too much worse than it."""
+        self._keep(guard, step, found, "guard")
+        kept, value = kept_folder(self.ctx.work, "best"), _metric(found, guard.metric, "guard")
+        best = read_checkpoint(kept).extra["value"] if kept else math.inf
+        allowed = best + guard.rise * abs(best) * (1 if better(guard, best - 1, best) else -1)
+        if kept is None or value == allowed or better(guard, value, allowed):
+            return False
+        self._save("stop", step, value)
+        self.ctx.events.warn(
+            f"{guard.metric} is {value:.6g} at step {step}, its best was {best:.6g} at step {read_checkpoint(kept).step}: training stops, "
+            "the best weights are committed; fewer epochs, or `dropout`, may help"
+        )
+        return True
+
+    def _keep(self, best: Steering, step: int, found: dict[str, Any], field: str = "commit.best") -> None:
+        value, kept = _metric(found, best.metric, field), kept_folder(self.ctx.work, "best")
         if not math.isfinite(value) or (kept and not better(best, value, read_checkpoint(kept).extra["value"])):
             return
         self._save("best", step, value)
@@ -99,16 +117,21 @@ class Watch(TrainerCallback):
         return True
 
     def _save(self, kind: str, step: int, value: float) -> None:
-        folder = self.ctx.work / f"{kind}-{step}"
-        self.trainer.save_model(str(folder), _internal_call=True)
-        self.trainer.accelerator.wait_for_everyone()
-        if self.ctx.world.main:
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            mark_complete(folder, step, self.ctx.world.size, value=value, seconds=self.trainer.seconds_trained())
-            for old in self.ctx.work.glob(f"{kind}-*"):
-                if old != folder:
-                    clear(old)
-        self.trainer.accelerator.wait_for_everyone()
+        save_kept(self.trainer, self.ctx, kind, step, value)
+
+
+def save_kept(trainer: Any, ctx: StageContext, kind: str, step: int, value: float) -> None:
+    """Weights of a step as `work/KIND-STEP`, complete with the value that made them worth it; older ones of the kind go."""
+    folder = ctx.work / f"{kind}-{step}"
+    trainer.save_model(str(folder), _internal_call=True)
+    trainer.accelerator.wait_for_everyone()
+    if ctx.world.main:
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        mark_complete(folder, step, ctx.world.size, value=value, seconds=trainer.seconds_trained())
+        for old in ctx.work.glob(f"{kind}-*"):
+            if old != folder:
+                clear(old)
+    trainer.accelerator.wait_for_everyone()
 
 
 def better(best: Steering, value: float, than: float) -> bool:

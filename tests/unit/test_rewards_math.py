@@ -21,6 +21,116 @@ from posttrain.rewards.sandbox.pool import MATH
 CASES = Path(__file__).parents[1] / "cases"
 
 
+SPELLINGS = [
+    ("1/2", "\\dfrac{1}{2}", 1),
+    ("1/2", "\\tfrac12", 1),
+    ("\\frac{3}{4}", "0.75", 1),
+    ("\\frac{3}{4}", "75\\%", 1),
+    ("3/4", "\\frac{6}{8}", 1),
+    ("1000000", "1\\,000\\,000", 1),
+    ("1000000", "1{,}000{,}000", 1),
+    ("1000000", "10^6", 1),
+    ("1000000", "10^{6}", 1),
+    ("1000", "1 000", 1),
+    ("1200", "1.2\\times 10^3", 1),
+    ("1200", "1.2 \\cdot 10^{3}", 1),
+    ("1200", "1.2e3", 1),
+    ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}", 1),
+    ("\\sqrt{8}", "2\\sqrt{2}", 1),
+    ("2\\sqrt{3}", "\\sqrt{12}", 1),
+    ("[0,1]", "\\left[0, 1\\right]", 1),
+    ("[0,1]", "x\\in[0,1]", 1),
+    ("(0,1)", "0<x<1", 1),
+    ("(-\\infty,2)\\cup(3,\\infty)", "(-\\infty, 2) \\cup (3, +\\infty)", 1),
+    ("(3,\\infty)", "(3, 4)", 0),
+    ("\\{1,2,3\\}", "\\{3,2,1\\}", 1),
+    ("\\{1,2,3\\}", "1, 2, 3", 1),
+    ("\\{1,2\\}", "\\{1\\}", 0),
+    ("\\emptyset", "\\varnothing", 1),
+    ("5", "5\\text{ cm}", 1),
+    ("5", "5\\,\\mathrm{cm}", 1),
+    ("5", "5~\\text{km/h}", 1),
+    ("5\\text{ cm}", "5", 1),
+    ("5", "5 dollars", 1),
+    ("5", "\\$5.00", 1),
+    ("5", "5^{\\circ}", 1),
+    ("45^\\circ", "45 degrees", 1),
+    ("-3", "−3", 1),
+    ("-3", "- 3", 1),
+    ("+3", "3", 1),
+    ("3", "+3", 1),
+    ("3", "03", 1),
+    ("0.5", ".5", 1),
+    ("0.5", "0.50", 1),
+    ("2.5", "2\\frac{1}{2}", 1),
+    ("2.5", "2 \\frac12", 1),
+    ("x^2+2x+1", "(x+1)^2", 1),
+    ("x^2+2x+1", "x^2+2x", 0),
+    ("2x+3", "3+2x", 1),
+    ("y=2x+3", "2x+3", 1),
+    ("y=2x+3", "y=3+2x", 1),
+    ("\\pi", "3.14", 0),
+    ("2\\pi", "6.283185307", 0),
+    ("\\frac{\\pi}{2}", "\\pi/2", 1),
+    ("\\pi/2", "90^\\circ", 0),
+    ("(1,2)", "(1, 2)", 1),
+    ("(1,2)", "(2,1)", 0),
+    ("(\\frac12,3)", "(0.5,3)", 1),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", 1),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{bmatrix}1\\\\2\\end{bmatrix}", 1),
+    ("B", "\\text{B}", 1),
+    ("B", "(B)", 1),
+    ("B", "\\textbf{(B)}", 1),
+    ("B", "\\mathrm{B}", 1),
+    ("B", "C", 0),
+    ("\\text{yes}", "Yes", 1),
+    ("even", "\\text{even}", 1),
+    ("2", "two", 0),
+    ("10:30", "10:30", 1),
+    ("7", "7.", 1),
+    ("7", "x=7", 1),
+    ("x=7", "7", 1),
+    ("1,2", "2 \\text{ and } 1", 1),
+    ("\\pm 2", "2,-2", 1),
+    ("2,-2", "\\pm2", 1),
+    ("6!", "720", 1),
+    ("\\binom{5}{2}", "10", 1),
+    ("\\log_2 8", "3", 1),
+    ("2^{-1}", "0.5", 1),
+    ("\\frac{-1}{3}", "-\\frac13", 1),
+    ("0.\\overline{3}", "\\frac13", 1),
+    ("1+i", "i+1", 1),
+    ("3i", "3 i", 1),
+    ("e^{2}", "e^2", 1),
+    ("12_5", "12_{5}", 1),
+    ("100_2", "4", 0),
+    ("50\\%", "50 percent", 1),
+    ("5\\times 3", "15", 1),
+    ("\\frac{a}{b}", "a/b", 1),
+    ("\\sin^2 x", "(\\sin x)^2", 1),
+    ("16", "4^2", 1),
+    ("\\infty", "+\\infty", 1),
+    ("x>2", "x > 2", 1),
+    ("x>2", "(2,\\infty)", 1),
+    ("x\\ge 2", "x\\geq2", 1),
+    ("x\\ge 2", "x>2", 0),
+    ("7", "7 and 8", 0),
+    ("7,8", "7 or 8", 1),
+    ("7", "7\\text{ or }8", 0),
+    ("7", "7\\text{ or 8}", 0),
+    ("Romeo and Juliet", "Romeo or Juliet", 0),
+    ("Romeo and Juliet", "Romeo and Juliet", 1),
+    ("12_5", "12_{7}", 0),
+    ("(0,1]", "0<x\\le 1", 1),
+    ("(0,1]", "0<x<1", 0),
+    ("0<x<1", "0<y<1", 0),
+    ("\\frac16", "0.1\\overline{6}", 1),
+    ("7", "7\\text{ not }", 0),
+    ("5 apples", "5 pears", 0),
+]
+"""Gold, answer in the box, and whether they are equal."""
+
+
 def rows(name: str) -> list[dict]:
     """Rows of a case file."""
     return [json.loads(line) for line in (CASES / name).read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -32,6 +142,14 @@ def test_settled_pairs(name):
     values = math_exact([row["completion"] for row in table], [row["gold"] for row in table])
     wrong = [(row, value) for row, value in zip(table, values, strict=True) if value != row["expect"]]
     assert not wrong
+
+
+def test_spellings():
+    texts = [f"So the answer is \\boxed{{{answer}}}, as was to be shown." for _, answer, _ in SPELLINGS]
+    values = math_exact(texts, [gold for gold, _, _ in SPELLINGS])
+    wrong = [(row, value) for row, value in zip(SPELLINGS, values, strict=True) if value != row[2]]
+    assert not wrong
+    assert len({answer for _, answer, equal in SPELLINGS if equal}) >= 60
 
 
 @pytest.mark.parametrize(

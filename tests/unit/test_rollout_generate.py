@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from pydantic import ValidationError
 
 pytest.importorskip("torch")
 
@@ -68,9 +69,9 @@ def test_a_killed_stage_goes_on_with_the_next_block(tiny_model_dir, tmp_path, mo
     ctx = context(cut, tiny_model_dir, "verifiable", TASKS)
     original, calls = generate._complete, []
 
-    def dying(engine, block, cfg, ctx):
+    def dying(engine, block, cfg, ctx, constraint):
         calls.append(block[0][0])
-        records = list(original(engine, block, cfg, ctx))
+        records = list(original(engine, block, cfg, ctx, constraint))
         yield from records[:3]
         if len(calls) == 2:
             raise KeyboardInterrupt
@@ -125,3 +126,46 @@ def test_refusals(tiny_model_dir, tmp_path):
     ctx.world = World(0, 2)
     with pytest.raises(ConfigError, match="one process"):
         run(config(), ctx)
+
+
+def test_constrained_completions(tiny_model_dir, tmp_path):
+    ctx = context(tmp_path, tiny_model_dir, "verifiable", TASKS[:5])
+    run(config(constraint={"regex": "[0-9]{1,2}"}, sampler={"particles": 3}, samples=2), ctx)
+    found = records(ctx)
+    assert len(found) == 10
+    for item in found:
+        if item["constrained"]["complete"]:
+            assert item["completion"].isdigit() and len(item["completion"]) <= 2
+        assert item["constrained"]["particles"] == 3 and item["constrained"]["calls"] > 1
+    facts = ctx.summary["constrained"]
+    assert sum(facts["finish_reasons"].values()) == 10 and facts["complete"] > 0.5
+    assert "constrained" not in records_free(tmp_path / "free", tiny_model_dir)
+
+
+def records_free(folder, model):
+    """First record of a run without a constraint."""
+    folder.mkdir()
+    ctx = context(folder, model, "verifiable", TASKS[:1])
+    run(config(), ctx)
+    return records(ctx)[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"sampler": {"particles": 2}}, "`sampler` goes with `constraint`"),
+        ({"constraint": {"boxed": True}, "top_p": 0.9}, "does not go with top_p"),
+        ({"constraint": {"boxed": True}, "stop": ["x"]}, "stop strings"),
+        ({"constraint": {"boxed": True}, "temperature": 0, "sampler": {"particles": 2}}, "would all be equal"),
+    ],
+)
+def test_what_does_not_go_with_a_constraint(fields, words):
+    with pytest.raises(ValidationError, match=words):
+        config(**fields)
+
+
+def test_a_constraint_that_cannot_be_names_its_place(tiny_model_dir, tmp_path):
+    ctx = context(tmp_path, tiny_model_dir, "verifiable", TASKS[:1])
+    with pytest.raises(ConfigError, match=r"uniqueItems") as error:
+        run(config(constraint={"json_schema": {"type": "array", "uniqueItems": True}}), ctx)
+    assert "stages.g.constraint.json_schema" in str(error.value)
