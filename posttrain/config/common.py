@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from posttrain.config.base import REPORT_ONLY, ModelId, Name, PathStr, Positive, Share, Strict
+from posttrain.config.lora import LoraConfig
 from posttrain.config.optim import OptimConfig
 
 RowType = Literal["text", "prompt", "messages", "preference", "verifiable"]
@@ -150,27 +151,6 @@ class BatchConfig(Strict):
         if self.rows is not None and self.tokens is not None:
             raise ValueError("give `rows` or `tokens`, not both")
         return self
-
-
-class LoraConfig(Strict):
-    """Low-rank adapters (peft)."""
-
-    r: Positive = 16
-    """Rank."""
-    alpha: Positive = 32
-    """Scale numerator; the update is scaled by alpha / r."""
-    targets: str | list[str] = "all-linear"
-    """Module names, or `all-linear`."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input."""
-    dora: bool = False
-    """Weight-decomposed adapters, DoRA (arXiv 2402.09353)."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732)."""
-    last_layers: Positive | None = None
-    """Only the last so many decoder layers get adapters; none = all."""
-    on_input: Literal["merge", "continue"] = "merge"
-    """Given an adapter: merge it in float32 and start a new one, or train the same one on."""
 
 
 class CheckpointConfig(Strict):

@@ -50,6 +50,7 @@ def write_report(run: RunDir) -> Path:
         section("Curves", "".join(_curves(r) for r in records)),
         section("Selection", "".join(_selection(r) for r in done)),
         section("Quantization error by layer", "".join(_layers(r) for r in done)),
+        section("Loss mask", "".join(_mask(r) for r in done)),
         section("Samples", "".join(_samples(r) for r in done)),
         section("Artifacts", "".join(_artifact(r, run) for r in done)),
         section("Model card", _card(done)),
@@ -196,6 +197,14 @@ def _layers(record: StageRecord) -> str:
 def short_error(value: float) -> str:
     """An error for a table."""
     return svg.short(value) if math.isfinite(value) else "not finite"
+
+
+def _mask(record: StageRecord) -> str:
+    """The first training sequences, the tokens that carry loss between brackets."""
+    encoding = record.summary.get("encoding")
+    shown = encoding.get("shown") if isinstance(encoding, dict) else None
+    rows = [[row.get("row"), f"{row.get('loss')} of {row.get('tokens')}", row.get("text")] for row in shown or [] if isinstance(row, dict)]
+    return folded(f"{record.name}: {len(rows)} sequences", table(["row", "tokens with loss", "⟦with loss⟧"], rows)) if rows else ""
 
 
 def _samples(record: StageRecord) -> str:

@@ -82,7 +82,8 @@ def encode_rows(
         events: progress, and the counts as a log line.
 
     Returns:
-        (sequences, {"rows", "tokens", "supervised_tokens", "longest", "format", "left_out": {reason: n}, "examples", "notes": {note: n}}).
+        (sequences, {"rows", "tokens", "supervised_tokens", "longest", "format", "left_out": {reason: n}, "examples", "notes": {note: n},
+        "answers": rows with an answer, "stops_trained": those of them in which a stop token carries loss}).
 
     Raises:
         DataError: unusable rows under `stop`, or not one usable row; with the longest prompt and the limit.
@@ -119,6 +120,8 @@ def _report(found: list[Encoded], format: str, tally: _Tally) -> dict[str, Any]:
         "left_out": dict(sorted(tally.reasons.items())),
         "examples": tally.lines[:5],
         "notes": dict(sorted(Counter(note for e in found for note in e.notes).items())),
+        "answers": sum(e.ends is not None for e in found),
+        "stops_trained": sum(bool(e.ends) for e in found),
     }
 
 

@@ -17,7 +17,7 @@ since a model trained on it never learns to stop.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.prompts import bare_ids, one_bos, plain_ids, prompt_ids, resolve_format, tokenizer_name
@@ -40,6 +40,7 @@ class Encoded:
         weight: the row's `weight`, 1.0 without one.
         id: of the row.
         notes: countable facts: `cut at max_length`, `turns after the last answer left out`, `reasoning not rendered`, `tools not rendered`.
+        ends: whether a stop token carries loss; None where the row has no answer that should end in one.
     """
 
     input_ids: list[int]
@@ -47,6 +48,7 @@ class Encoded:
     weight: float = 1.0
     id: str = ""
     notes: tuple[str, ...] = ()
+    ends: bool | None = None
 
     @property
     def supervised(self) -> int:
@@ -85,7 +87,11 @@ def encoded(tokenizer: Any, row: dict[str, Any], data: DataConfig, format: str, 
         ids, mask = _chat_row(tokenizer, row, data, stops, notes)
     if data.loss_on == "all":
         mask = [1] * len(ids)
-    return _fitted(ids, mask, data.max_length, row, notes)
+    fitted = _fitted(ids, mask, data.max_length, row, notes)
+    if "text" in row or data.loss_on == "all":
+        return fitted
+    targets = {token for token, bit in zip(fitted.input_ids[1:], fitted.loss_mask[1:], strict=True) if bit}
+    return replace(fitted, ends=not stops.isdisjoint(targets))
 
 
 def _eos(tokenizer: Any) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class LoadedModel:
             the same adapter on, `save_model(base=loaded.source)` after starting a new one.
         kind: `model`, `adapter` or `quantized`: what the source is.
         dtype: the checkpoint's own type, e.g. `bfloat16`.
+        merge: `{"merge_difference", "merge_limit"}` of `merge_adapter` where an adapter was merged, else empty.
     """
 
     model: Any
@@ -47,6 +48,7 @@ class LoadedModel:
     base: Source
     kind: str
     dtype: str
+    merge: dict[str, float] = field(default_factory=dict)
 
 
 def load_model(
@@ -57,6 +59,7 @@ def load_model(
     device: str | None = None,
     trust_remote_code: bool = False,
     merge: bool = True,
+    four_bit: bool = False,
 ) -> LoadedModel:
     """Loads a model and its tokenizer.
 
@@ -67,6 +70,7 @@ def load_model(
         device: default is this process' GPU where there is one, else `cpu`.
         trust_remote_code: run code that comes with the model.
         merge: merge an adapter into its base; False returns a PeftModel whose adapter is trainable.
+        four_bit: hold the weights in NF4 (`models/fourbit.py`), for training an adapter on them; not with an adapter to merge.
 
     Raises:
         ArtifactError: the source is unreachable, incomplete, damaged, of another size than its tokenizer, or lacks weights.
@@ -74,35 +78,37 @@ def load_model(
     named = resolve_model(ref)
     source = fetch(named, trust_remote_code)
     where = device or _default_device()
-    options = {"attn": attn, "trust": trust_remote_code}
+    options = {"attn": attn, "trust": trust_remote_code, "four_bit": where if four_bit else None}
     own = checkpoint_dtype(source)
     final = _torch_dtype(dtype, own, where)
-    model, base, kind = _load(source, final, merge, options)
+    model, base, kind, merged = _load(source, final, merge, options)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     _same_size(model, tokenizer, source)
-    model = model.to(where) if where != "cpu" else model
+    model = model.to(where) if where != "cpu" and not four_bit else model
     fit_threads(model, where)
-    return LoadedModel(model.eval(), tokenizer, named, base or named, kind, own)
+    return LoadedModel(model.eval(), tokenizer, named, base or named, kind, own, merged)
 
 
-def _load(source: Source, dtype: Any, merge: bool, options: dict[str, Any]) -> tuple[Any, Source | None, str]:
-    """(model, base of an adapter as it is named, kind) of a fetched source."""
+def _load(source: Source, dtype: Any, merge: bool, options: dict[str, Any]) -> tuple[Any, Source | None, str, dict[str, float]]:
+    """(model, base of an adapter as it is named, kind, what the check of a merge found) of a fetched source."""
     import torch
 
     if source.form == "adapter":
         base = _checked_base(source)
-        model, _, _ = _load(fetch(base, options["trust"]), torch.float32 if merge else dtype, True, options)
-        return (_merged(model, source, dtype) if merge else _attached(model, source)), base, "adapter"
+        model, _, _, _ = _load(fetch(base, options["trust"]), torch.float32 if merge else dtype, True, options)
+        model, found = _merged(model, source, dtype) if merge else (_attached(model, source), {})
+        return model, base, "adapter", found
     check_folder(source.local)
     quantized = read_json(source.local / "config.json").get("quantization_config")
     model = _from_folder(source, dtype, options, quantized)
-    return model, None, "quantized" if quantized else "model"
+    return model, None, "quantized" if quantized else "model", {}
 
 
-def _merged(model: Any, source: Source, dtype: Any) -> Any:
+def _merged(model: Any, source: Source, dtype: Any) -> tuple[Any, dict[str, float]]:
     from posttrain.models.merge import cast_weights, merge_adapter
 
-    return cast_weights(merge_adapter(model, source.local), dtype)
+    merged, found = merge_adapter(model, source.local)
+    return cast_weights(merged, dtype), found
 
 
 def _attached(model: Any, source: Source) -> Any:
@@ -206,6 +212,12 @@ def _tokenizer_class(folder: Path) -> Any:
 
 
 def _from_folder(source: Source, dtype: Any, options: dict[str, Any], quantized: Mapping[str, Any] | None) -> Any:
+    if quantized and options.get("four_bit"):
+        raise ArtifactError(
+            f"a `{quantized.get('quant_method')}` checkpoint cannot be held in four bits",
+            where=source.where,
+            fix="give the float checkpoint, or set lora.load_in_4bit: false",
+        )
     extra = {"quantization_config": _dequantizing(quantized, source)} if quantized else {}
     model, report = pretrained(source, str(source.local), dtype, options, **extra)
     missing = sorted(report["missing_keys"])
@@ -228,6 +240,10 @@ def pretrained(source: Source, folder: str, dtype: Any, options: dict[str, Any],
 
     if options["attn"] != "auto":
         extra["attn_implementation"] = options["attn"]
+    if options.get("four_bit"):
+        from posttrain.models.fourbit import four_bit_options
+
+        extra |= four_bit_options(dtype, options["four_bit"])
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -1,7 +1,8 @@
 """Low-rank adapters on a live model: attach, and merge.
 
-W' = W + (alpha / r) B A, computed in float32 whatever the model will be used in, since a bfloat16 sum drops an update
-smaller than 2^-8 of the weight.
+W' = W + s B A with s = alpha / r (rsLoRA: alpha / sqrt(r)), for DoRA each row scaled to its trained norm; computed in
+float32 whatever the model will be used in, since a bfloat16 sum drops an update smaller than 2^-8 of the weight. Every
+merge is checked: on fixed tokens the merged model must give the logits of the model with the adapter attached.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from typing import Any
 from posttrain.errors import ArtifactError, NumericsError
 from posttrain.models.check import ADAPTER_WEIGHTS, check_folder, read_header
 from posttrain.models.quiet import quiet
+from posttrain.models.reload import probe_logits
 from posttrain.models.source import read_json
+
+MERGE_LIMIT = 1e-3
+"""Largest mean difference of the logits after a merge, in standard deviations of the logits; float32 gives about 1e-6."""
+PROBE = {"rows": 8, "length": 16}
 
 
 def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
@@ -41,14 +47,19 @@ def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     return attached
 
 
-def merge_adapter(model: Any, folder: Path) -> Any:
+def merge_adapter(model: Any, folder: Path) -> tuple[Any, dict[str, float]]:
     """`model` (float32) with the adapter of `folder` added into its weights; no peft module is left.
 
+    Returns:
+        (merged model, {"merge_difference", "merge_limit"}): the mean absolute difference of the logits that the merge made
+        on 8 rows of 16 fixed tokens, and MERGE_LIMIT times their standard deviation.
+
     Raises:
-        ArtifactError: see attach_adapter.
+        ArtifactError: see attach_adapter; or the merged model computes something else than the attached one.
         NumericsError: the merged weights are not finite.
     """
-    attached = attach_adapter(model.float(), folder)
+    attached = attach_adapter(model.float(), folder).eval()
+    expected = probe_logits(attached, **PROBE)
     try:
         merged = attached.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -58,7 +69,19 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     if hasattr(merged, "peft_config"):
         del merged.peft_config
     merged.tie_weights()
-    return merged
+    return merged, _same_logits(expected, probe_logits(merged, **PROBE), folder)
+
+
+def _same_logits(expected: Any, found: Any, folder: Path) -> dict[str, float]:
+    limit = MERGE_LIMIT * float(expected.std())
+    difference = float((found - expected).abs().mean())
+    if not difference <= limit:
+        raise ArtifactError(
+            f"merging the adapter changes what the model computes: its logits move by {difference:g} on average, the limit is {limit:g}",
+            where=str(folder),
+            fix="leave it attached (lora.on_input: continue), and report this with its adapter_config.json",
+        )
+    return {"merge_difference": difference, "merge_limit": limit}
 
 
 def cast_weights(model: Any, dtype: Any) -> Any:

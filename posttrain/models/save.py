@@ -111,7 +111,7 @@ def _save_adapter(model: Any, out: Path, base: Any) -> dict[str, Any]:
     (out / "README.md").unlink(missing_ok=True)
     inner = model.get_base_model()
     inner.config.save_pretrained(str(out))
-    clean_json(out / "config.json")
+    clean_json(out / "config.json", drop=frozenset({"quantization_config"}))
     record = base_record(source, digest, out)
     write_json(out / BASE_FILE, record)
     _clean_adapter_config(out / ADAPTER_CONFIG, record)
@@ -137,10 +137,10 @@ def _clean_adapter_config(file: Path, record: dict[str, Any]) -> None:
     write_json(file, config)
 
 
-def clean_json(file: Path) -> None:
-    """Rewrites a JSON file of a model folder with sorted keys and without the keys that tell where it came from."""
+def clean_json(file: Path, drop: frozenset[str] = frozenset()) -> None:
+    """Rewrites a JSON file of a model folder with sorted keys, without those that tell where it came from and those in `drop`."""
     if file.is_file():
-        write_json(file, {key: value for key, value in read_json(file).items() if key not in PRIVATE_KEYS})
+        write_json(file, {key: value for key, value in read_json(file).items() if key not in PRIVATE_KEYS | drop})
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:

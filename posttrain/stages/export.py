@@ -47,6 +47,7 @@ def run(cfg: ExportConfig, ctx: StageContext) -> None:
     if cfg.reload_check:
         expected = probe_logits(cast_weights(loaded.model, torch.float32))
         facts |= check_reload(ctx.out, expected, dtype="float32", trust_remote_code=ctx.trust_remote_code)[1]
+    facts |= loaded.merge
     ctx.meta.update(facts)
     ctx.summary.update(facts)
     ctx.events.log(

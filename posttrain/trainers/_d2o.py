@@ -340,7 +340,7 @@ def build(cfg: Any, ctx: StageContext, loaded: Any) -> tuple[D2OTrainer, _Window
     windows.keep_initial(loaded.model)
     args = trl_arguments(TrainingArguments, cfg, ctx, plan, loaded.model, remove_unused_columns=False)
     with trl_refusals(cfg, ctx):
-        adapter = peft_config(cfg.lora, loaded.model)
+        adapter = peft_config(cfg.lora, loaded.model, where=f"stages.{ctx.name}")
         if adapter is not None:
             from peft import get_peft_model
 

@@ -92,7 +92,7 @@ def run_dpo(cfg: Any, ctx: StageContext) -> None:
             args=args,
             train_dataset=dataset,
             processing_class=loaded.tokenizer,
-            peft_config=peft_config(cfg.lora, loaded.model),
+            peft_config=peft_config(cfg.lora, loaded.model, where=f"stages.{ctx.name}"),
             events=ctx.events,
         )
     trainer.train_dataset = trainer.train_dataset.select(order)

@@ -189,7 +189,7 @@ def build(
             args=args,
             train_dataset=every_row(order),
             processing_class=loaded.tokenizer,
-            peft_config=peft_config(cfg.lora, loaded.model),
+            peft_config=peft_config(cfg.lora, loaded.model, where=f"stages.{ctx.name}"),
             events=ctx.events,
             terms=terms_of(cfg),
             fast=cfg.fast == "on",

@@ -55,6 +55,8 @@ class NoiseFiTTrainer(SFTTrainer):
         ConfigError: a model or a loss of TRL's that does not go with it.
     """
 
+    keeps_apart = False
+
     def __init__(self, *args: Any, noise: NoiseConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.noise = noise = noise or NoiseConfig()

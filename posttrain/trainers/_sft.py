@@ -21,8 +21,10 @@ from datasets import Dataset
 from posttrain.core.context import StageContext
 from posttrain.data.chat import encode_rows
 from posttrain.data.dataset import repeat_rows, training_rows
+from posttrain.data.mask import check_stops, shown_rows, told
 from posttrain.errors import DataError
 from posttrain.models.save import stop_ids
+from posttrain.trainers._packing import isolate, pack
 from posttrain.trainers._train import (
     Schedule,
     describe,
@@ -41,8 +43,6 @@ from posttrain.trainers._trl import Reliable, pass_bias_on
 from posttrain.trainers._watch import evaluate_around
 
 IGNORED = -100
-SHOWN, LINE = 3, 400
-"""Sequences whose loss mask is shown in the report, and characters of the first that are logged."""
 WEIGHT = "loss_weight"
 
 
@@ -55,6 +55,8 @@ class SFTTrainer(Reliable, trl.SFTTrainer):
 
     data_collator: Any
     _signature_columns: Any
+    keeps_apart = True
+    """Whether packed sequences of a pass may be kept apart, (B, T), where attention has a mask."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -68,7 +70,17 @@ class SFTTrainer(Reliable, trl.SFTTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss, each row's log-probabilities multiplied by its weight."""
         weights = inputs.pop(WEIGHT, None)
-        return super().compute_loss(model if weights is None else _weighted(model, weights), inputs, *args, **kwargs)
+        loss = super().compute_loss(model if weights is None else _weighted(model, weights), inputs, *args, **kwargs)
+        if self.model.training and "attention_mask" not in inputs and len(inputs["input_ids"]) > 1:
+            self._count_rows_apart(inputs)
+        return loss
+
+    def _count_rows_apart(self, inputs: dict[str, Any]) -> None:
+        """Corrects TRL's count of tokens, which takes a packed pass for one row; padding does not count."""
+        positions = inputs["position_ids"]
+        real = (positions > 0).sum() + (positions.roll(-1, dims=1) == 1).sum()
+        self._total_train_tokens += int(self.accelerator.gather_for_metrics(real - positions.size(1)).sum()) // self.get_tp_size()
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     def own_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Tokens seen, so that a resumed run goes on counting."""
@@ -149,21 +161,12 @@ def rows_to_dataset(cfg: Any, ctx: StageContext, model: Any, tokenizer: Any) -> 
     encoded, ctx.summary["encoding"] = encode_rows(
         tokenizer, rows, cfg.data, stop_ids=stops if isinstance(stops, list) else [stops], events=ctx.events
     )
+    check_stops(ctx.summary["encoding"], f"stages.{ctx.name}.data.max_length")
+    ctx.summary["encoding"]["shown"] = shown_rows(tokenizer, encoded)
+    for line in told(ctx.summary["encoding"]["shown"]):
+        ctx.events.log(line)
     weights = [item.weight for item in encoded] if cfg.data.weights == "loss" else None
-    ctx.summary["loss_mask"] = [marked(tokenizer, item.input_ids, item.loss_mask) for item in encoded[:SHOWN]]
-    ctx.events.log(f"loss on what is in brackets: {ctx.summary['loss_mask'][0][:LINE]}")
     return encode_dataset(encoded, weights)
-
-
-def marked(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
-    """The text of a sequence, special tokens included, with what carries loss in ⟦brackets⟧."""
-    parts, at = [], 0
-    while at < len(ids):
-        end = next((i for i in range(at, len(ids)) if bool(mask[i]) != bool(mask[at])), len(ids))
-        text = tokenizer.decode(ids[at:end], clean_up_tokenization_spaces=False)
-        parts.append(f"⟦{text}⟧" if mask[at] else text)
-        at = end
-    return "".join(parts)
 
 
 def token_facts(dataset: Dataset, order: Sequence[int]) -> dict[str, float]:
@@ -174,23 +177,26 @@ def token_facts(dataset: Dataset, order: Sequence[int]) -> dict[str, float]:
     return {"tokens_unique": unique, "tokens": seen, "tokens_supervised": sum(counts[i] for i in order), "epochs": round(seen / unique, 4)}
 
 
-def pack(dataset: Dataset, max_length: int) -> Dataset:
-    """TRL's best-fit packing into sequences of at most `max_length` tokens; `seq_lengths` keeps the rows apart."""
-    return trl.pack_dataset(dataset.select_columns(["input_ids", "labels"]), max_length, "bfd")
+def padding_share(rows: Sequence[Sequence[int]], order: Sequence[int], per_device: int) -> float:
+    """Share of the positions of a run that are padding, where each pass of `per_device` rows is as wide as its longest."""
+    lengths = [len(rows[i]) for i in order]
+    passes = [lengths[start : start + per_device] for start in range(0, len(lengths), per_device)]
+    return round(1 - sum(lengths) / sum(len(one) * max(one) for one in passes), 4)
 
 
 def build(
     cfg: Any, ctx: StageContext, loaded: Any, dataset: Dataset, trainer_class: type[SFTTrainer] = SFTTrainer, **options: Any
 ) -> tuple[SFTTrainer, Schedule]:
     """The trainer of a stage, its rows laid out in the order in which they will be read; `options` go to its constructor."""
+    documents: Sequence[Sequence[int]] = []
     if cfg.data.packing:
-        dataset = pack(dataset, cfg.data.max_length)
+        documents, dataset = dataset[:3]["input_ids"], pack(dataset, cfg.data.max_length)
     rows = global_rows(cfg.batch, cfg.data.max_length)
     plan = make_schedule(cfg, len(dataset) / rows, ctx.world.size, f"stages.{ctx.name}")
     order = epoch_order(len(dataset), plan.steps * plan.rows, ctx.seed)
     if cfg.data.group_by_length:
         order = grouped_order(order, [len(ids) for ids in dataset["input_ids"]], plan.rows)
-    ctx.summary.update(token_facts(dataset, order))
+    ctx.summary.update(token_facts(dataset, order), padding_share=padding_share(dataset["input_ids"], order, plan.per_device))
     args = trl_arguments(
         trl.SFTConfig, cfg, ctx, plan, loaded.model,
         max_length=cfg.data.max_length, packing=cfg.data.packing, dataset_kwargs={"skip_prepare_dataset": True},
@@ -201,12 +207,18 @@ def build(
             args=args,
             train_dataset=dataset.select(order),
             processing_class=loaded.tokenizer,
-            peft_config=peft_config(cfg.lora, loaded.model, loaded.tokenizer.convert_tokens_to_ids(cfg.data.add_tokens)),
+            peft_config=peft_config(
+                cfg.lora, loaded.model, loaded.tokenizer.convert_tokens_to_ids(cfg.data.add_tokens), f"stages.{ctx.name}"
+            ),
             events=ctx.events,
             **options,
         )
     if cfg.data.add_tokens and cfg.lora:
         pass_bias_on(trainer.model)
+    if cfg.data.packing:
+        layout = isolate(trainer, documents, f"stages.{ctx.name}", trainer.keeps_apart)
+        ctx.summary["padding_share"] *= layout == "apart"
+        ctx.events.log(f"packing: documents do not see one another; the sequences of a pass lie {layout}")
     trainer.facts_after = lambda steps: token_facts(dataset, order[: steps * plan.rows])
     return trainer, plan
 

@@ -23,10 +23,12 @@ import torch
 from accelerate import DistributedType
 from transformers.utils import logging as hf_logging
 
-from posttrain.config.common import BatchConfig, LoraConfig, TrainConfig
+from posttrain.config.common import BatchConfig, TrainConfig
+from posttrain.config.lora import LoraConfig
 from posttrain.core.context import StageContext
 from posttrain.data.chat import set_template
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.models.fourbit import check_four_bit
 from posttrain.models.load import LoadedModel, load_model
 from posttrain.models.save import save_model
 from posttrain.models.source import resolve_model
@@ -123,12 +125,18 @@ def load_for_training(cfg: TrainConfig, ctx: StageContext) -> LoadedModel:
     """The stage's input model; an adapter is merged, or left attached and trainable with `lora.on_input: continue`."""
     hf_logging.disable_progress_bar()
     ref = ctx.ref("model")
-    keep = cfg.lora is not None and cfg.lora.on_input == "continue" and resolve_model(ref).form == "adapter"
+    form = resolve_model(ref).form
+    keep = cfg.lora is not None and cfg.lora.on_input == "continue" and form == "adapter"
     options = {key: ref.spec[key] for key in ("dtype", "attn") if key in ref.spec}
-    loaded = load_model(ref, merge=not keep, trust_remote_code=ctx.trust_remote_code, **options)
+    four_bit = cfg.lora is not None and cfg.lora.load_in_4bit
+    if four_bit:
+        check_four_bit(f"stages.{ctx.name}.lora.load_in_4bit", "folder" if keep else form)
+    loaded = load_model(ref, merge=not keep, trust_remote_code=ctx.trust_remote_code, four_bit=four_bit, **options)
+    if loaded.merge:
+        ctx.summary["merge"] = loaded.merge
     if ref.origin == "model" and loaded.source.id == ref.spec.get("offline"):
         ctx.events.log(f"the hub is not asked: {loaded.source.id} is taken in place of {ref.spec.get('id')}")
-    if not attached(loaded.model):
+    if not attached(loaded.model) and not four_bit:
         loaded.model.requires_grad_(True)
     if cfg.dropout is not None:
         count = set_dropout(loaded.model, cfg.dropout, f"stages.{ctx.name}.dropout")
@@ -156,8 +164,12 @@ def attached(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def peft_config(lora: LoraConfig | None, model: Any, token_ids: Sequence[int] = ()) -> Any:
-    """peft's config of a new adapter that also trains the rows `token_ids`; None for full fine-tuning or an attached adapter."""
+def peft_config(lora: LoraConfig | None, model: Any, token_ids: Sequence[int] = (), where: str = "stage") -> Any:
+    """peft's config of a new adapter that also trains the rows `token_ids`; None for full fine-tuning or an attached adapter.
+
+    Raises:
+        ConfigError: the output layer, or one of two tied tables, would get an adapter; `where` is the stage's dotted path.
+    """
     if lora is None or attached(model):
         return None
     from peft import LoraConfig as PeftLora
@@ -167,20 +179,46 @@ def peft_config(lora: LoraConfig | None, model: Any, token_ids: Sequence[int] = 
     if lora.last_layers is not None:
         count = model.config.get_text_config().num_hidden_layers
         if lora.last_layers > count:
-            raise ConfigError(f"the model has {count} layers, got {lora.last_layers}", where="lora.last_layers", fix="lower it")
+            raise ConfigError(f"the model has {count} layers, got {lora.last_layers}", where=f"{where}.lora.last_layers", fix="lower it")
         layers = list(range(count - lora.last_layers, count))
         targets = _linear_names(model) if targets == "all-linear" else targets
-    return PeftLora(
+    config = PeftLora(
         r=lora.r,
         lora_alpha=lora.alpha,
         target_modules=targets,
         layers_to_transform=layers,
         lora_dropout=lora.dropout,
+        trainable_token_indices=rows,
         use_dora=lora.dora,
         use_rslora=lora.rslora,
-        trainable_token_indices=rows,
         task_type="CAUSAL_LM",
     )
+    _check_tables(config, model, where)
+    return config
+
+
+def _check_tables(config: Any, model: Any, where: str) -> None:
+    """Refuses a low-rank update of one of two tied tables, and of the output layer."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    everything = config.target_modules == "all-linear"
+    hit = {id(module): name for name, module in model.named_modules() if not everything and check_target_module_exists(config, name)}
+    tied = outputs is not None and inputs.weight is outputs.weight
+    found = [hit[id(module)] for module in (inputs, outputs) if id(module) in hit]
+    if found and tied:
+        raise ConfigError(
+            f"{' and '.join(found)} would get an adapter, but embedding and output layer are one tied table, of which the update "
+            "would reach one side only",
+            where=f"{where}.lora.targets",
+            fix=f"leave out {' and '.join(found)}; data.add_tokens trains rows of the table",
+        )
+    if id(outputs) in hit:
+        raise ConfigError(
+            f"{hit[id(outputs)]} would get an adapter that would never be trained: TRL's losses read the output layer's weight alone",
+            where=f"{where}.lora.targets",
+            fix=f"leave out {hit[id(outputs)]}",
+        )
 
 
 def _linear_names(model: Any) -> list[str]:

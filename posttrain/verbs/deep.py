@@ -34,12 +34,14 @@ class Findings:
         config: all other problems.
         skipped: what could not be checked.
         rows: first rows of each source and committed dataset, by name.
+        shown: the first training sequences of each supervised stage, the tokens with loss marked.
     """
 
     data: list[Problem] = field(default_factory=list)
     config: list[Problem] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     rows: dict[str, list[Row]] = field(default_factory=dict)
+    shown: list[str] = field(default_factory=list)
 
     def trying(self, path: str, check: Callable[[], None]) -> None:
         """Runs a check; its error becomes problems under `path`."""
@@ -57,12 +59,13 @@ def _joined(path: str, where: str) -> str:
     return f"{path} ({where})" if where and where != path else path
 
 
-def deep_check(pipeline: Pipeline, runs: str | None = None) -> list[str]:
+def deep_check(pipeline: Pipeline, runs: str | None = None, show: Callable[[str], object] | None = None) -> list[str]:
     """Checks rows, templates, `trl:` fields, rewards, lengths, disk and memory.
 
     Args:
         pipeline: a valid pipeline.
         runs: folder of all runs, where committed inputs are looked for.
+        show: gets, line by line, the first training sequences of each supervised stage with the tokens marked that carry loss.
 
     Returns:
         What could not be checked, one line each.
@@ -84,6 +87,9 @@ def deep_check(pipeline: Pipeline, runs: str | None = None) -> list[str]:
         _check_config(wired, found)
     _check_eval_rewards(pipeline, found)
     _check_stages(pipeline, stages, found)
+    if show is not None:
+        for line in found.shown:
+            show(line)
     _raise(pipeline, found)
     return found.skipped
 

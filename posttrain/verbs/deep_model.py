@@ -23,6 +23,7 @@ from posttrain.core.estimate import estimate
 from posttrain.core.plan import PlannedStage
 from posttrain.core.rundir import read_json
 from posttrain.errors import ArtifactError, ConfigError, Problem
+from posttrain.models.fourbit import check_four_bit
 
 if TYPE_CHECKING:
     from posttrain.verbs.deep import Findings, Row
@@ -130,8 +131,11 @@ def check_stage(stage: PlannedStage, models: Models, rows: list[Row], found: Fin
     path = f"stages.{stage.name}"
     fits = _check_lengths(stage, models.positions(stage), path, found)
     if isinstance(stage.config, TrainConfig):
+        if stage.config.lora is not None and stage.config.lora.load_in_4bit:
+            field = f"{path}.lora.load_in_4bit"
+            found.trying(field, lambda: check_four_bit(field, "folder"))
         if fits:
-            found.trying(path, lambda: _check_rows(stage, models, rows))
+            found.trying(path, lambda: _check_rows(stage, models, rows, found))
         _check_memory(stage, models.parameters(stage), path, found)
 
 
@@ -152,8 +156,9 @@ def _check_lengths(stage: PlannedStage, positions: int | None, path: str, found:
     return False
 
 
-def _check_rows(stage: PlannedStage, models: Models, rows: list[Row]) -> None:
+def _check_rows(stage: PlannedStage, models: Models, rows: list[Row], found: Findings) -> None:
     from posttrain.data.chat import encode_rows, scan_prompts, set_template
+    from posttrain.data.mask import check_stops, shown_rows, told
 
     tokenizer = models.tokenizer(stage) if rows else None
     if tokenizer is None:
@@ -164,7 +169,9 @@ def _check_rows(stage: PlannedStage, models: Models, rows: list[Row]) -> None:
         set_template(tokenizer, data.template, replace=ref.origin == "model")
     limit = _max_tokens(stage)
     if limit is None:
-        _, report = encode_rows(tokenizer, rows, data, data.on_bad)
+        encoded, report = encode_rows(tokenizer, rows, data, data.on_bad)
+        check_stops(report, f"stages.{stage.name}.data.max_length")
+        found.shown += [f"stages.{stage.name}: {line}" for line in told(shown_rows(tokenizer, encoded))]
         if report["longest"] > positions:
             message = f"a row has {report['longest']} tokens, the model takes {positions}"
             raise ConfigError(message, where=f"stages.{stage.name}.data.max_length", fix=f"set it to at most {positions}")
@@ -179,7 +186,8 @@ def _check_memory(stage: PlannedStage, parameters: int | None, path: str, found:
     gpu = gpu_memory_bytes()
     there, processes = (gpu, 1) if gpu else (memory_bytes(), stage.processes)
     spec = stage.inputs["model"][0].spec
-    width = BYTES.get(spec.get("dtype", "auto"), 2 if gpu else 4)
+    lora = stage.config.lora
+    width = 0.5 if lora and lora.load_in_4bit else BYTES.get(spec.get("dtype", "auto"), 2 if gpu else 4)
     weights = parameters * width * processes
     state = 0 if stage.config.lora else 3 * parameters * 4 * processes
     if there and weights + state > there:

@@ -16,6 +16,7 @@ from posttrain.core.events import dumps
 from posttrain.core.hashing import file_digest
 from posttrain.core.rundir import RunDir, is_committed, lock, read_json, read_manifest, runs_root
 from posttrain.core.table import render, size
+from posttrain.data.mask import told
 from posttrain.errors import ArtifactError
 
 
@@ -97,7 +98,8 @@ def _facts(m: dict[str, Any], out: Path) -> list[str]:
     head = f"  {m['kind']} by {m['method']} v{m['method_version']}, seed {m['seed']}, {clock(m['seconds'])}, attempt {m['attempts']}"
     inputs = [f"  in.{i['port']}: {i['name']}{'' if i['split'] == 'train' else ':' + i['split']}  {i['digest'][:16]}" for i in m["inputs"]]
     files = [f"  {size(f['size']):>12}  {out / f['path']}" for f in m["files"]]
-    return [head, f"  digest {m['digest']}", *inputs, *files, "  " + dumps(m["summary"])[:2000]]
+    shown = [f"  {line}" for line in told((m["summary"].get("encoding") or {}).get("shown") or [])]
+    return [head, f"  digest {m['digest']}", *inputs, *files, *shown, "  " + dumps(m["summary"])[:2000]]
 
 
 def damaged(folder: Path) -> list[str]:

@@ -98,6 +98,6 @@ def validate(args: argparse.Namespace) -> int:
     if args.deep:
         from posttrain.verbs.deep import deep_check
 
-        deep_check(pipeline, args.runs)
+        deep_check(pipeline, args.runs, show=print)
     print(f"{args.file}: valid, {len(pipeline.stages)} stages" + (" (deep)" if args.deep else ""), file=sys.stdout)
     return 0

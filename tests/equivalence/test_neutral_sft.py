@@ -118,32 +118,3 @@ def test_bad_row_weights_are_refused(given: list[float]) -> None:
     rows = [SimpleNamespace(input_ids=[1, 2, 3], loss_mask=[1, 1, 1])] * 2
     with pytest.raises(DataError, match="weights"):
         encode_dataset(rows, given)
-
-
-def test_the_mask_is_shown_as_it_is_trained(tiny_model_dir: Path, tmp_path: Path) -> None:
-    from trainer_kit import CHATS, load, run_stage
-
-    ctx = run_stage(tmp_path, "sft", CHATS, "messages", tiny_model_dir, steps=1, data={"max_length": 64}, batch={"rows": 4})
-    shown = ctx.summary["loss_mask"]
-    assert len(shown) == 3 and shown[0] == "<|im_start|>user\nWhat is 0 + 0?<|im_end|>\n<|im_start|>assistant\n⟦It is 0.<|im_end|>⟧\n"
-    assert any("loss on what is in brackets: " + shown[0] in str(event.get("message", "")) for event in ctx.seen)
-    _, tokenizer = load(tiny_model_dir)
-    from posttrain.trainers._sft import marked
-
-    ids = tokenizer("a b c", add_special_tokens=False)["input_ids"]
-    assert marked(tokenizer, ids, [1] * len(ids)) == "⟦a b c⟧" and marked(tokenizer, ids, [0] * len(ids)) == "a b c"
-
-
-@pytest.mark.parametrize("kind", ["dora", "rslora"])
-def test_kinds_of_adapters_merge_to_the_trained_model(tiny_model_dir: Path, tmp_path: Path, kind: str) -> None:
-    from trainer_kit import CHATS, run_stage
-
-    from posttrain.models.load import load_model
-
-    fields = {"steps": 3, "data": {"max_length": 64}, "batch": {"rows": 4}, "lora": {"r": 4, kind: True}, "optim": {"lr": 1e-2}}
-    ctx = run_stage(tmp_path, "sft", CHATS, "messages", tiny_model_dir, **fields)
-    ids = torch.arange(5, 25)[None]
-    with torch.no_grad():
-        apart, merged = (load_model(str(ctx.out), merge=merge).model.eval()(input_ids=ids).logits for merge in (False, True))
-        plain = load_model(str(tiny_model_dir)).model.eval()(input_ids=ids).logits
-    assert (apart - merged).abs().max() < 1e-4 < 1e-2 < (apart - plain).abs().max()
