@@ -34,11 +34,12 @@ def pack(dataset: Dataset, max_length: int) -> Dataset:
     return trl.pack_dataset(dataset.select_columns(["input_ids", "labels"]), max_length, "bfd")
 
 
-def collate_apart(pad_id: int) -> Collate:
+def collate_apart(pad_id: int, multiple: int | None = None) -> Collate:
     """Collator that keeps packed sequences apart.
 
     Args:
         pad_id: fills the end of shorter sequences.
+        multiple: of which the width is one, TRL's `pad_to_multiple_of`.
 
     Returns:
         A function of packed examples (`input_ids`, `labels`, `seq_lengths`) to `input_ids`, `labels` and `position_ids`, each
@@ -49,6 +50,7 @@ def collate_apart(pad_id: int) -> Collate:
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
         width = max(len(example["input_ids"]) for example in examples)
+        width = -(-width // (multiple or 1)) * (multiple or 1)
         batch = {
             "input_ids": torch.full((len(examples), width), pad_id),
             "labels": torch.full((len(examples), width), IGNORED),
@@ -120,7 +122,8 @@ def isolate(trainer: Any, rows: Sequence[Sequence[int]], where: str, apart: bool
     attention = str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "unknown")
     layouts: dict[str, Collate] = {"end to end": trainer.data_collator}
     if apart and attention in MASKED:
-        layouts = {"apart": collate_apart(trainer.data_collator.pad_token_id), **layouts}
+        given = trainer.data_collator
+        layouts = {"apart": collate_apart(given.pad_token_id, given.pad_to_multiple_of), **layouts}
     documents = [row if len(row) > 1 else [*row, *row] for row in (rows[place % len(rows)] for place in range(3))]
     limit = LIMIT.get(model.dtype, COARSE)
     leaks = {}

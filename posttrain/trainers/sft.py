@@ -22,6 +22,7 @@ class SFTStage(SupervisedConfig):
 
 @stage(
     "sft",
+    version=2,
     config=SFTStage,
     inputs={"model": model_port(), "data": data_port("text", "messages", "verifiable")},
     output="model",

@@ -136,6 +136,33 @@ def test_packed_loss_against_float64_numpy(tiny_model_dir: Path, tmp_path: Path)
     assert found["apart"][1] == pytest.approx(found["end to end"][1], rel=1e-4)
 
 
+def test_width_and_padding_of_sequences_kept_apart() -> None:
+    from posttrain.trainers._packing import collate_apart
+
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9], "seq_lengths": [2, 3]},
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "seq_lengths": [3]},
+    ]
+    batch = collate_apart(0, 4)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [5, 6, 7, 0, 0, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 0, 0], [0, 1, 2, 0, 0, 0, 0, 0]]
+    ignored = [-100] * 3
+    assert batch["labels"].tolist() == [[-100, 6, -100, 8, 9, *ignored], [-100, 6, 7, -100, -100, *ignored]]
+    assert "attention_mask" not in batch
+
+
+def test_trls_wrapped_packing_cannot_bring_the_leak_back(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`packing_strategy: wrapped` gives an attention mask, under which transformers looks for no bounds."""
+    from posttrain.errors import ConfigError
+    from posttrain.trainers._sft import SFTTrainer
+
+    wrapped = {**PACKED, "steps": 1, "trl": {"packing_strategy": "wrapped"}}
+    run_stage(tmp_path / "apart", "sft", CHATS, "messages", tiny_model_dir, **wrapped)
+    monkeypatch.setattr(SFTTrainer, "keeps_apart", False)
+    with pytest.raises(ConfigError, match="packed documents see one another"):
+        run_stage(tmp_path / "wrapped", "sft", CHATS, "messages", tiny_model_dir, **wrapped)
+
+
 def test_packed_stage_resumes_bitwise_and_says_how_it_lies(tiny_model_dir: Path, tmp_path: Path) -> None:
     ctx = run_stage(tmp_path / "a", "sft", CHATS, "messages", tiny_model_dir, **PACKED)
     assert any("lie apart" in str(event.get("message")) for event in ctx.seen)
