@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import Positive, Strict
-from posttrain.config.common import LoraConfig
+from posttrain.config.lora import LoraConfig
 
 if TYPE_CHECKING:
     import numpy as np

@@ -24,16 +24,16 @@ class LoraConfig(Strict):
     """DoRA (arXiv 2402.09353): the norm of each row of W + (alpha / r) B A is trained apart from its direction."""
     rslora: bool = False
     """Rank-stabilised LoRA (arXiv 2312.03732): the update is scaled by alpha / sqrt(r)."""
+    last_layers: Positive | None = None
+    """Only the last so many decoder layers get adapters; none = all."""
     load_in_4bit: bool = False
     """QLoRA (arXiv 2305.14314): during training the base is held in NF4 with double quantization. Needs a GPU and bitsandbytes. The
     committed adapter belongs to the base as it was given, unquantized."""
-    last_layers: Positive | None = None
-    """Only the last so many decoder layers get adapters; none = all."""
     on_input: Literal["merge", "continue"] = "merge"
     """Given an adapter: merge it in float32 and start a new one, or train the same one on."""
 
     @model_validator(mode="after")
     def _new_adapter(self) -> LoraConfig:
-        if self.on_input == "continue" and (self.dora or self.rslora):
-            raise ValueError("dora and rslora shape a new adapter, on_input: continue trains the given one; remove one of them")
+        if self.on_input == "continue" and (self.dora or self.rslora or self.last_layers):
+            raise ValueError("dora, rslora, last_layers shape a new adapter, on_input: continue trains the given one; remove one of them")
         return self

@@ -76,7 +76,7 @@ class Config(StageConfig):
     @model_validator(mode="after")
     def _constrainable(self) -> Config:
         if self.constraint is None:
-            if "sampler" in self.model_fields_set:
+            if self.sampler != SamplerConfig():
                 raise ValueError("`sampler` goes with `constraint`")
             return self
         if self.top_k or self.top_p < 1:

@@ -29,7 +29,6 @@ from posttrain.trainers._d2o_samples import (
     write_references,
 )
 from posttrain.trainers._dropout import set_dropout
-from posttrain.trainers._lora import peft_config
 from posttrain.trainers._train import (
     attached,
     describe,
@@ -37,6 +36,7 @@ from posttrain.trainers._train import (
     global_rows,
     load_for_training,
     make_schedule,
+    peft_config,
     train_and_commit,
     trl_arguments,
     trl_refusals,

@@ -13,7 +13,6 @@ from posttrain.core.context import StageContext
 from posttrain.data.dataset import training_rows
 from posttrain.errors import DataError
 from posttrain.trainers._answers import encode_answers
-from posttrain.trainers._lora import peft_config
 from posttrain.trainers._train import (
     attached,
     describe,
@@ -21,6 +20,7 @@ from posttrain.trainers._train import (
     global_rows,
     load_for_training,
     make_schedule,
+    peft_config,
     train_and_commit,
     trl_arguments,
     trl_refusals,

@@ -27,7 +27,6 @@ from posttrain.rollout.hf import HFEngine
 from posttrain.trainers._grpo import PROMPT_IDS, GRPOTrainer
 from posttrain.trainers._grpo_sampling import PASS, ROW_ID
 from posttrain.trainers._grpo_terms import terms_of
-from posttrain.trainers._lora import peft_config
 from posttrain.trainers._train import (
     Schedule,
     describe,
@@ -36,6 +35,7 @@ from posttrain.trainers._train import (
     is_sharded,
     load_for_training,
     make_schedule,
+    peft_config,
     train_and_commit,
     trl_arguments,
     trl_refusals,

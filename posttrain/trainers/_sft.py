@@ -24,7 +24,6 @@ from posttrain.data.dataset import repeat_rows, training_rows
 from posttrain.data.mask import check_stops, shown_rows, told
 from posttrain.errors import DataError
 from posttrain.models.save import stop_ids
-from posttrain.trainers._lora import peft_config
 from posttrain.trainers._packing import isolate, pack
 from posttrain.trainers._train import (
     Schedule,
@@ -34,6 +33,7 @@ from posttrain.trainers._train import (
     grouped_order,
     load_for_training,
     make_schedule,
+    peft_config,
     train_and_commit,
     trl_arguments,
     trl_refusals,

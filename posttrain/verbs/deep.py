@@ -87,8 +87,9 @@ def deep_check(pipeline: Pipeline, runs: str | None = None, show: Callable[[str]
         _check_config(wired, found)
     _check_eval_rewards(pipeline, found)
     _check_stages(pipeline, stages, found)
-    for line in found.shown if show else []:
-        show(line)
+    if show is not None:
+        for line in found.shown:
+            show(line)
     _raise(pipeline, found)
     return found.skipped
 

@@ -118,18 +118,3 @@ def test_bad_row_weights_are_refused(given: list[float]) -> None:
     rows = [SimpleNamespace(input_ids=[1, 2, 3], loss_mask=[1, 1, 1])] * 2
     with pytest.raises(DataError, match="weights"):
         encode_dataset(rows, given)
-
-
-@pytest.mark.parametrize("kind", ["dora", "rslora"])
-def test_kinds_of_adapters_merge_to_the_trained_model(tiny_model_dir: Path, tmp_path: Path, kind: str) -> None:
-    from trainer_kit import CHATS, run_stage
-
-    from posttrain.models.load import load_model
-
-    fields = {"steps": 3, "data": {"max_length": 64}, "batch": {"rows": 4}, "lora": {"r": 4, kind: True}, "optim": {"lr": 1e-2}}
-    ctx = run_stage(tmp_path, "sft", CHATS, "messages", tiny_model_dir, **fields)
-    ids = torch.arange(5, 25)[None]
-    with torch.no_grad():
-        apart, merged = (load_model(str(ctx.out), merge=merge).model.eval()(input_ids=ids).logits for merge in (False, True))
-        plain = load_model(str(tiny_model_dir)).model.eval()(input_ids=ids).logits
-    assert (apart - merged).abs().max() < 1e-4 < 1e-2 < (apart - plain).abs().max()

@@ -164,6 +164,13 @@ def test_what_does_not_go_with_a_constraint(fields, words):
         config(**fields)
 
 
+@pytest.mark.parametrize("fields", [{}, {"constraint": {"boxed": True}, "sampler": {"particles": 3}}])
+def test_a_config_is_valid_once_it_is_written_out(fields):
+    """A stage's process reads the whole config, defaults included."""
+    cfg = config(**fields)
+    assert Config.model_validate(cfg.model_dump(mode="json", by_alias=True)) == cfg
+
+
 def test_a_constraint_that_cannot_be_names_its_place(tiny_model_dir, tmp_path):
     ctx = context(tmp_path, tiny_model_dir, "verifiable", TASKS[:1])
     with pytest.raises(ConfigError, match=r"uniqueItems") as error:

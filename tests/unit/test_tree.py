@@ -125,3 +125,16 @@ def test_nothing_committed_names_this_machine_or_is_unfinished() -> None:
         source = path.suffix == ".py" and "tests" not in path.parts
         wrong += [f"{path.name}:{i}" for i, line in enumerate(lines, 1) if LOCAL.search(line) or (source and UNFINISHED.search(line))]
     assert not wrong
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.relative_to(REPO).as_posix())
+def test_every_stage_is_valid_once_it_is_written_out(path: Path) -> None:
+    """A stage's process reads the whole config, defaults included, so no rule may ask which fields were given."""
+    import yaml
+
+    from posttrain.core.registry import method
+
+    for stage in yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]:
+        config = method(stage["method"]).config
+        read = config.model_validate(stage)
+        assert config.model_validate(read.dump()) == read
