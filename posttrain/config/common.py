@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -345,6 +345,9 @@ class StageConfig(Strict):
 class TrainConfig(StageConfig):
     """Fields every trainer has."""
 
+    takes_four_bit: ClassVar[bool] = False
+    """Whether `lora.load_in_4bit` may be set: only stages that do nothing but train on rows."""
+
     data: DataConfig = DataConfig()
     """Rows to tokens."""
     optim: OptimConfig = OptimConfig()
@@ -382,6 +385,8 @@ class TrainConfig(StageConfig):
             raise ValueError(f"optim.warmup: {self.optim.warmup:g} of {self.steps} steps never reach the peak learning rate; lower it")
         if self.guard is not None and self.commit.best is not None:
             raise ValueError("guard commits the best weights by its metric; remove commit.best")
+        if self.lora is not None and self.lora.load_in_4bit and not self.takes_four_bit:
+            raise ValueError("lora.load_in_4bit is for supervised training; remove it")
         if self.data.add_tokens and self.lora is not None and self.lora.on_input == "continue":
             raise ValueError("data.add_tokens needs a new adapter; set lora.on_input: merge")
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import model_validator
 
 from posttrain.config.common import TrainConfig
@@ -9,6 +11,8 @@ from posttrain.config.common import TrainConfig
 
 class SupervisedConfig(TrainConfig):
     """A stage that trains on rows of tokens: `sft` and its variants."""
+
+    takes_four_bit: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _consistent(self) -> SupervisedConfig:

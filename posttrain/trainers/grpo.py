@@ -67,8 +67,6 @@ class GRPOStage(TrainConfig):
             raise ValueError(f"batch.rows ({rows}) must be a multiple of group ({self.group})")
         if self.data.packing or self.data.weights == "loss":
             raise ValueError("data.packing and data.weights: loss are for supervised training")
-        if self.lora is not None and self.lora.load_in_4bit:
-            raise ValueError("lora.load_in_4bit is for supervised training; remove it")
         if self.data.add_tokens:
             raise ValueError("data.add_tokens is for supervised training; a model that never saw a token does not sample it")
         if self.rollout.max_tokens >= self.data.max_length:

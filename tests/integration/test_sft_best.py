@@ -314,7 +314,10 @@ def test_the_tiny_chain_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("method", "lora", "words"),
-    [("sft", {"dora": True, "on_input": "continue"}, "new adapter"), ("grpo", {"load_in_4bit": True}, "supervised")],
+    [
+        ("sft", {"dora": True, "on_input": "continue"}, "new adapter"),
+        *((name, {"load_in_4bit": True}, "supervised") for name in ("grpo", "dpo", "d2o")),
+    ],
 )
 def test_adapter_settings_that_cannot_work(method: str, lora: dict[str, Any], words: str) -> None:
     from pydantic import ValidationError

@@ -18,7 +18,7 @@ def test_arms_agree_and_count_their_positions(tmp_path: Path) -> None:
     base = packing.Arm("padded", SMALL, tmp_path)
     rows = packing.make_rows(SMALL)
     assert base.tokens == sum(len(row.input_ids) for row in rows) and base.passes == 3
-    for name in packing.ARMS:
+    for name in ("packed", "end_to_end", "grouped"):
         arm = packing.Arm(name, SMALL, tmp_path)
         found = packing.assert_equal(arm, base)
         assert max(found.values()) < 1e-5
@@ -33,6 +33,12 @@ def test_arms_that_differ_are_found(tmp_path: Path) -> None:
     other.passes = 1
     with pytest.raises(AssertionError):
         packing.assert_equal(other, base)
+
+
+def test_every_arm_has_a_layout_and_a_setting() -> None:
+    found = {name: packing.of_arm(name, True) for name in packing.ARMS}
+    assert found["packed_wide"][0] == "packed" and found["packed_wide"][1].hidden == 2 * found["packed"][1].hidden
+    assert all(layout == name for name, (layout, _) in found.items() if name != "packed_wide")
 
 
 def test_lengths_are_skewed() -> None:
