@@ -36,8 +36,8 @@ from posttrain.rollout.stopping import StopRule
 
 LISTED = 64
 """Tokens of an order that a GPU hands over; what lies beyond is fetched where it is needed."""
-RESAMPLING, CHOOSING = 1 << 40, 1 << 41
-"""Places of the noise that is not of a token."""
+ON_DEVICE, RESAMPLING, CHOOSING = 1 << 32, 1 << 40, 1 << 41
+"""Places of the noise that is not of a token on the host."""
 
 
 class Particle:
@@ -300,7 +300,7 @@ def top_keys(logprobs: torch.Tensor, seeds: Sequence[int], step: int, count: int
 
 def keyed_uniforms(seeds: Sequence[int], step: int, size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """(B, size) float64 in (0, 1) by SplitMix64 of (seed, step, index), on the device."""
-    starts = [next(_states(seed, step)) for seed in seeds]
+    starts = [int(next(noise(seed, ON_DEVICE + step)) * 2**62) for seed in seeds]
     state = torch.tensor(starts, dtype=torch.int64, device=device)[:, None] + torch.arange(size, device=device) * _signed(
         0x9E3779B97F4A7C15
     )
@@ -308,11 +308,6 @@ def keyed_uniforms(seeds: Sequence[int], step: int, size: int, device: torch.dev
         state = (state ^ _shifted(state, shift)) * _signed(factor)
     state = state ^ _shifted(state, 31)
     return (_shifted(state, 11).double() + 0.5) * 2.0**-53
-
-
-def _states(seed: int, step: int) -> Iterator[int]:
-    for value in noise(seed, (1 << 32) + step):
-        yield int(value * 2**62)
 
 
 def _signed(value: int) -> int:
