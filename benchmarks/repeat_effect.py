@@ -52,12 +52,12 @@ ARMS: dict[str, tuple[str, float | None, int]] = {
 class Sizes:
     """Of the data, the model and the training."""
 
-    blocks: int = 3840
-    held: int = 200
+    blocks: int = 1920
+    held: int = 150
     length: int = 64
     rows: int = 16
-    hidden: int = 96
-    layers: int = 3
+    hidden: int = 72
+    layers: int = 2
     vocabulary: int = 1024
     rate: float = 2e-3
 
