@@ -7,7 +7,7 @@ A small GPT-2, whose architecture has dropout on embeddings, residuals and atten
 standard library by our SFT trainer. Every arm sees the same number of tokens:
 
     once          as many different blocks as are seen
-    repeated      a sixteenth of them, 16 epochs
+    repeated      a 64th of them, 64 epochs
     dropout_0.1, dropout_0.2, dropout_0.3   the same with the stage's field `dropout`, set on modules and verified there
     qwen2_0.3     the same on a Qwen2, which has a place for dropout in its attention only, and
     qwen2         that without
@@ -39,12 +39,12 @@ from noisefit_effect import interval
 
 ARMS: dict[str, tuple[str, float | None, int]] = {
     "once": ("gpt2", 0.0, 1),
-    "repeated": ("gpt2", 0.0, 16),
-    "dropout_0.1": ("gpt2", 0.1, 16),
-    "dropout_0.2": ("gpt2", 0.2, 16),
-    "dropout_0.3": ("gpt2", 0.3, 16),
-    "qwen2": ("qwen2", 0.0, 16),
-    "qwen2_0.3": ("qwen2", 0.3, 16),
+    "repeated": ("gpt2", 0.0, 64),
+    "dropout_0.1": ("gpt2", 0.1, 64),
+    "dropout_0.2": ("gpt2", 0.2, 64),
+    "dropout_0.3": ("gpt2", 0.3, 64),
+    "qwen2": ("qwen2", 0.0, 64),
+    "qwen2_0.3": ("qwen2", 0.3, 64),
 }
 
 
@@ -52,10 +52,10 @@ ARMS: dict[str, tuple[str, float | None, int]] = {
 class Sizes:
     """Of the data, the model and the training."""
 
-    blocks: int = 1920
+    blocks: int = 3840
     held: int = 150
     length: int = 64
-    rows: int = 16
+    rows: int = 8
     hidden: int = 72
     layers: int = 2
     vocabulary: int = 1024
