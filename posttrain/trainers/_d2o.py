@@ -34,6 +34,7 @@ from posttrain.trainers._train import (
     describe,
     epoch_order,
     global_rows,
+    is_sharded,
     load_for_training,
     make_schedule,
     peft_config,
@@ -377,6 +378,12 @@ def run_d2o(cfg: Any, ctx: StageContext) -> None:
     loaded = load_for_training(cfg, ctx)
     evaluate_around(ctx, "before", loaded.model, loaded.tokenizer)
     trainer, windows = build(cfg, ctx, loaded)
+    if is_sharded(trainer, f"stages.{ctx.name}"):
+        raise ConfigError(
+            "d2o does not draw answers from weights split over processes (FSDP, ZeRO-3)",
+            where=f"stages.{ctx.name}.launch",
+            fix="use ddp.yaml or zero2.yaml; LoRA and rows_per_pass save memory",
+        )
     train_and_commit(trainer, cfg, ctx, loaded)
     if ctx.world.main and cfg.loss == "d2o":
         windows.write_last(ctx.summary["steps"])

@@ -250,6 +250,14 @@ def test_training_stops_where_the_own_answers_fall(tiny_model_dir, tmp_path):
     assert any("own answers have fallen" in str(event.get("message", "")) for event in ctx.seen)
 
 
+def test_sharded_weights_are_refused(tiny_model_dir, tmp_path, monkeypatch):
+    from posttrain.trainers import _d2o
+
+    monkeypatch.setattr(_d2o, "is_sharded", lambda trainer, where: True)
+    with pytest.raises(ConfigError, match="split over processes"):
+        run_stage(tmp_path, "d2o", PAIRS, "preference", tiny_model_dir, **D2O)
+
+
 def test_unlikelihood_needs_no_own_answers(tiny_model_dir, tmp_path):
     ctx = run_stage(
         tmp_path, "d2o", PAIRS, "preference", tiny_model_dir, **{**BASE, "steps": 12, "loss": "unlikelihood", "optim": {"lr": 5e-3}}
