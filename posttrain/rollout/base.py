@@ -69,7 +69,7 @@ class Completion:
         text: decoded, cut before a stop string, without end tokens.
         finish_reason: `stop` (end token or stop string), `length`, `dead_end` (the constraint allows no token), or `checker_error`.
         version: weight version it was drawn with.
-        extra: of constrained completions, see `posttrain.rollout.particles`.
+        extra: of constrained completions, see `posttrain.rollout.group`.
     """
 
     id: str

@@ -99,7 +99,7 @@ class HFEngine:
         if self._vocabulary is None:
             self._vocabulary = Vocabulary.of(self.tokenizer, self.eos_ids)
         device = next(self.model.parameters()).device
-        drawn = Particles(requests, self.tokenizer, self._vocabulary, device)
+        drawn = Particles(requests, self.tokenizer, self._vocabulary)
         prefix = _Prefix(self.model, [list(requests[i].prompt_ids) for i in drawn.owners], drawn.longest, device)
         for step in range(drawn.longest):
             self.tokens += drawn.take(step, prefix.logits)

@@ -6,7 +6,7 @@ The noise of a completion is keyed by (seed, row, sample), so nothing depends on
 
 The artifact holds `rollouts.jsonl`: one object a completion with id, sample, prompt, completion, prompt_ids, token_ids, logprobs
 (of the sampling distribution, natural log, without a constraint), finish_reason, and reward, rewards, answer where there are any; with
-`constraint` also `constrained`: its weight, log Z and what it cost, see `posttrain.rollout.particles`.
+`constraint` also `constrained`: its weight, log Z and what it cost, see `posttrain.rollout.group`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 from posttrain.config.constraint import ConstraintConfig, SamplerConfig  # noqa: E402
 from posttrain.errors import ConfigError  # noqa: E402
-from posttrain.rollout import particles  # noqa: E402
+from posttrain.rollout import orders  # noqa: E402
 from posttrain.rollout._build import build_constraint  # noqa: E402
 from posttrain.rollout.base import Request, Sampling, request_seed  # noqa: E402
 from posttrain.rollout.constraints import Vocabulary, predicate  # noqa: E402
@@ -115,7 +115,7 @@ def test_a_request_does_not_depend_on_its_batch(model, tiny_tokenizer, sampler):
 @pytest.mark.parametrize("sampler", [{"awrs": {"probes": 1}}, {}, {"method": "mask"}, {"particles": 4}], ids=str)
 @pytest.mark.parametrize("device", ["host", "keys"])
 def test_weights_estimate_the_chance_of_the_constraint(model, tiny_tokenizer, exact, monkeypatch, sampler, device):
-    monkeypatch.setattr(particles, "on_host", lambda _: device == "host")
+    monkeypatch.setattr(orders, "on_host", lambda _: device == "host")
     count = 500 if sampler.get("particles") else 1500
     found = HFEngine(model, tiny_tokenizer, max_batch=256).generate(requests(tiny_tokenizer, count, WORDS, max_tokens=5, **sampler))
     weights = np.array([math.exp(c.extra["log_z"]) for c in found])
@@ -191,15 +191,15 @@ def test_what_cannot_be_combined_is_refused(model, tiny_tokenizer, sampling, sam
 def test_keys_of_the_device_draw_without_replacement_and_by_their_place():
     p = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
     runs = 20_000
-    tokens, sizes = particles.top_keys(p.log().expand(runs, 5), range(runs), 3, 2)
+    tokens, sizes = orders.top_keys(p.log().expand(runs, 5), range(runs), [3] * runs, 2)
     assert np.allclose(sizes, p.numpy()[tokens])
     seen = np.zeros((5, 5))
     np.add.at(seen, (tokens[:, 0], tokens[:, 1]), 1)
     want = np.array([[runs * p[a] * p[b] / (1 - p[a]) if a != b else 0.0 for b in range(5)] for a in range(5)])
     off = ~np.eye(5, dtype=bool)
     assert not seen[~off].any() and ((seen - want)[off] ** 2 / want[off]).sum() < chi2.ppf(0.9999, 19)
-    alone = particles.top_keys(p.log()[None], [77], 3, 5)[0]
+    alone = orders.top_keys(p.log()[None], [77], [3], 5)[0]
     assert (alone[0, :2] == tokens[77]).all()
-    u = particles.keyed_uniforms([1, 2], 0, 50_000)
+    u = orders.keyed_uniforms([1, 2], [0, 0], 50_000)
     assert float(u.min()) > 0 and float(u.max()) < 1 and abs(float(u.mean()) - 0.5) < 0.01
     assert abs(float(torch.corrcoef(u)[0, 1])) < 0.02
