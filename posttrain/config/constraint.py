@@ -80,6 +80,11 @@ class ConstraintConfig(Strict):
             raise ValueError(f"the grammar is larger than {SCHEMA_BYTES} characters")
         return value
 
+    def files(self) -> list[str]:
+        """Parts that read files of this machine; what comes over a network must have none."""
+        own = ["uncited"] if self.uncited is not None else ["json_schema"] if isinstance(self.json_schema, str) else []
+        return own + [name for part in self.all or () for name in part.files()]
+
     def schema_object(self) -> dict[str, Any]:
         """The JSON schema, read from its file where it is a path.
 

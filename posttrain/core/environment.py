@@ -18,6 +18,15 @@ PACKAGES = (
     "compressed-tensors", "safetensors", "tokenizers", "numpy", "pyarrow", "pydantic",
 )  # fmt: skip
 
+VLLM_VARIABLES = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""What vLLM is started with where the environment does not say otherwise; it reads them when it is imported."""
+
 
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that can change a result."""

@@ -18,16 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import posttrain
+from posttrain.core.environment import VLLM_VARIABLES
 from posttrain.errors import QuantError
 
 LIMIT = 0.25
-DEFAULTS = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 SCRIPT = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -130,7 +124,7 @@ def _scores(model: Any, prompt: list[int], written: list[int]) -> Any:
 def _run(job: dict[str, Any], timeout_s: float) -> list[list[list[Any]]]:
     command = [sys.executable, "-P", "-c", SCRIPT, json.dumps(job)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env={**DEFAULTS, **os.environ}, timeout=timeout_s, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env={**VLLM_VARIABLES, **os.environ}, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
         raise QuantError(f"vLLM did not finish in {timeout_s:g} s", where=job["folder"], fix="set `export.engine_check: off`") from None
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from posttrain.config.constraint import ConstraintConfig
 from posttrain.errors import ConfigError
@@ -14,12 +15,26 @@ from posttrain.rollout.uncited import Uncited
 WHERE = "rollout.constraint"
 
 
+_CONFIGS: WeakKeyDictionary[Constraint, ConstraintConfig] = WeakKeyDictionary()
+
+
 def build_constraint(config: ConstraintConfig, where: str = WHERE) -> Constraint:
     """The constraint of a config.
 
     Raises:
         ConfigError: names the part, and what it cannot enforce, or that no text satisfies it.
     """
+    found = _build(config, where)
+    _CONFIGS[found] = config
+    return found
+
+
+def config_of(constraint: Constraint) -> ConstraintConfig | None:
+    """The config that `build_constraint` made it from; None where something else did."""
+    return _CONFIGS.get(constraint)
+
+
+def _build(config: ConstraintConfig, where: str) -> Constraint:
     if config.choices is not None:
         return Choices(config.choices)
     if config.banned is not None:
