@@ -90,7 +90,11 @@ def test_logprobs_are_those_of_the_sampling_distribution(engine, model, tiny_tok
         whole = torch.tensor([found.prompt_ids + found.token_ids])
         with torch.no_grad():
             logits = model(whole).logits[0, len(found.prompt_ids) - 1 : -1]
-        want = sampling_logprobs(logits, SamplingRows.of([sampling] * len(logits))).gather(1, whole[0, len(found.prompt_ids) :, None]).squeeze(1)
+        want = (
+            sampling_logprobs(logits, SamplingRows.of([sampling] * len(logits)))
+            .gather(1, whole[0, len(found.prompt_ids) :, None])
+            .squeeze(1)
+        )
         assert torch.allclose(want, torch.tensor(found.logprobs), atol=1e-4)
 
 
@@ -141,7 +145,11 @@ def test_particles_estimate_the_same_chance_whatever_the_segment(engine, model, 
 
 
 def test_a_request_does_not_depend_on_what_shares_the_batch(engine, tiny_tokenizer):
-    mixed = [*constrained(tiny_tokenizer, 12, JSON, 0.8), *free(tiny_tokenizer, Sampling(9, 0.9), 4), *constrained(tiny_tokenizer, 1, JSON, 0.0)]
+    mixed = [
+        *constrained(tiny_tokenizer, 12, JSON, 0.8),
+        *free(tiny_tokenizer, Sampling(9, 0.9), 4),
+        *constrained(tiny_tokenizer, 1, JSON, 0.0),
+    ]
     together = engine.generate(mixed)
     assert [c.id for c in together] == [request.id for request in mixed]
     alone = [engine.generate([request])[0] for request in mixed[::5]]
