@@ -38,6 +38,8 @@ MAX_CALLS = 64
 ROUNDING = 1e-6
 """Share of the sum below which what is left has lost ten digits of its sixteen."""
 LEAST = 1e-12
+BLOCK = 256
+"""Tokens summed together by InverseOrder."""
 _MASK64 = (1 << 64) - 1
 _SILENT: Iterator[float] = iter(())
 
@@ -102,24 +104,34 @@ def _mixed(z: int) -> int:
     return z ^ (z >> 31)
 
 
-class InverseOrder:
-    """Draws by inverse transform over the cumulative sum, stepping over tokens already drawn.
+def block_sums(p: np.ndarray) -> np.ndarray:
+    """(ceil(V / BLOCK),) float64, cumulative sums of the blocks of a row, for InverseOrder."""
+    return np.cumsum(np.add.reduceat(p, np.arange(0, len(p), BLOCK), dtype=np.float64))
 
-    Where little is left, the sum is built anew without what was drawn, so that `left` and the draws stay exact down to the
+
+class InverseOrder:
+    """Draws by inverse transform, stepping over tokens already drawn: first the block by the sums of blocks, then the token in it.
+
+    Where little is left, the sums are built anew without what was drawn, so that `left` and the draws stay exact down to the
     smallest probability that the row holds. The cheapest order on a CPU.
 
     Args:
         p: (V,) probabilities, non-negative; they need not sum to 1 exactly, and are not changed.
         uniforms: noise.
-        cumulative: (V,) float64, cumulative sum of p, where the caller has it.
+        blocks: `block_sums(p)`, where the caller has it.
     """
 
-    def __init__(self, p: np.ndarray, uniforms: Iterator[float], cumulative: np.ndarray | None = None) -> None:
-        self._p, self._uniforms = p, uniforms
-        self._sum = np.cumsum(p, dtype=np.float64) if cumulative is None else cumulative
-        self._base = self.left = float(self._sum[-1])
-        self._holes: list[tuple[int, float, float]] = []
+    def __init__(self, p: np.ndarray, uniforms: Iterator[float], blocks: np.ndarray | None = None) -> None:
+        self._given, self._uniforms = p, uniforms
         self._drawn: list[int] = []
+        self._build(p, block_sums(p) if blocks is None else blocks)
+
+    def _build(self, p: np.ndarray, blocks: np.ndarray) -> None:
+        self._p, self._blocks = p, blocks
+        self._inside: dict[int, tuple[float, np.ndarray]] = {}
+        self._base = self.left = float(blocks[-1])
+        self._holes: list[tuple[int, float, float]] = []
+        self._gone: set[int] = set()
 
     def uniform(self) -> float:
         """A fresh number in (0, 1)."""
@@ -127,7 +139,7 @@ class InverseOrder:
 
     def probabilities(self) -> np.ndarray:
         """(V,) p."""
-        return self._p
+        return self._given
 
     def draw(self, kept: float = 0.0) -> tuple[int, float] | None:
         """The next token and its probability."""
@@ -139,26 +151,36 @@ class InverseOrder:
                 if place < start:
                     break
                 place += size
-            token = min(int(self._sum.searchsorted(place, side="right")), len(self._sum) - 1)
-            start = float(self._sum[token - 1]) if token else 0.0
-            size = float(self._sum[token]) - start
-            if size > 0.0 and not any(token == hole for hole, _, _ in self._holes):
+            token, start, size = self._at(place)
+            if size > 0.0 and token not in self._gone:
                 insort(self._holes, (token, start, size))
+                self._gone.add(token)
                 self._drawn.append(token)
                 self.left = max(0.0, self.left - size)
-                return token, float(self._p[token])
+                return token, float(self._given[token])
             self._rebuild()
         if self._holes:
             self._rebuild()
             return self.draw(kept) if self.left > 0.0 else None
         return None
 
+    def _at(self, place: float) -> tuple[int, float, float]:
+        """(token, sum before it, its probability) at a place of the cumulative sum."""
+        block = min(int(self._blocks.searchsorted(place, side="right")), len(self._blocks) - 1)
+        found = self._inside.get(block)
+        if found is None:
+            before = float(self._blocks[block - 1]) if block else 0.0
+            sums = self._p[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
+            found = self._inside[block] = before, sums
+        before, sums = found
+        inside = min(int(sums.searchsorted(place - before, side="right")), len(sums) - 1)
+        start = float(sums[inside - 1]) if inside else 0.0
+        return block * BLOCK + inside, before + start, float(sums[inside]) - start
+
     def _rebuild(self) -> None:
-        rest = self._p.astype(np.float64)
+        rest = self._given.astype(np.float64)
         rest[self._drawn] = 0.0
-        self._sum = np.cumsum(rest)
-        self._base = self.left = float(self._sum[-1])
-        self._holes = []
+        self._build(rest, block_sums(rest))
 
 
 class ListedOrder:
@@ -228,13 +250,13 @@ class GreedyOrder(InverseOrder):
     """Tokens by descending probability, for temperature 0; no weight is defined for it."""
 
     def __init__(self, p: np.ndarray) -> None:
-        self._p, self._uniforms, self.left = p, iter(()), float(np.sum(p, dtype=np.float64))
+        self._given, self._uniforms, self.left = p, iter(()), float(np.sum(p, dtype=np.float64))
         self._tokens = iter(np.argsort(-p, kind="stable").tolist())
 
     def draw(self, kept: float = 0.0) -> tuple[int, float] | None:
         """The next token and its probability."""
         for token in self._tokens:
-            size = float(self._p[token])
+            size = float(self._given[token])
             self.left = max(0.0, self.left - size)
             if size > 0.0:
                 return token, size

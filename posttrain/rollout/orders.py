@@ -15,7 +15,7 @@ import torch
 
 from posttrain.config.constraint import SamplerConfig
 from posttrain.errors import NumericsError
-from posttrain.rollout.awrs import Draw, GreedyOrder, InverseOrder, ListedOrder, Order, awrs, local, masked, noise
+from posttrain.rollout.awrs import BLOCK, Draw, GreedyOrder, InverseOrder, ListedOrder, Order, awrs, local, masked, noise
 from posttrain.rollout.constraints import TokenChecker
 
 LISTED = 64
@@ -48,17 +48,20 @@ def row_orders(logits: torch.Tensor, rows: Sequence[RowNoise]) -> Iterator[Order
     Raises:
         NumericsError: logits that are not finite numbers.
     """
-    temperature = torch.tensor([row.temperature or 1.0 for row in rows], device=logits.device)
-    logprobs = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
-    if bool(logprobs.isnan().any()):
-        raise NumericsError("the model's logits are not finite while sampling", fix="check the weights: training may have diverged")
+    if all(row.temperature in (0.0, 1.0) for row in rows):
+        scaled = logits.float()
+    else:
+        scaled = logits.float() / torch.tensor([[row.temperature or 1.0] for row in rows], device=logits.device)
     if on_host(logits.device):
-        p = logprobs.exp()
-        sums = p.cumsum(dim=-1, dtype=torch.float64).numpy()
+        p = torch.softmax(scaled, dim=-1)
+        sums = _block_sums(p)
+        _check_finite(bool(np.isfinite(sums[:, -1]).all()))
         for number, row in enumerate(rows):
             values = p[number].numpy()
             yield InverseOrder(values, noise(row.seed, row.step), sums[number]) if row.temperature else GreedyOrder(values)
         return
+    logprobs = torch.log_softmax(scaled, dim=-1)
+    _check_finite(not bool(logprobs.isnan().any()))
     tokens, sizes = top_keys(logprobs, [row.seed for row in rows], [row.step for row in rows], LISTED)
     for number, row in enumerate(rows):
 
@@ -68,6 +71,21 @@ def row_orders(logits: torch.Tensor, rows: Sequence[RowNoise]) -> Iterator[Order
 
         pairs = list(zip(tokens[number].tolist(), sizes[number].tolist(), strict=True))
         yield ListedOrder(pairs, probabilities, noise(row.seed, row.step)) if row.temperature else GreedyOrder(probabilities())
+
+
+def _check_finite(finite: bool) -> None:
+    if not finite:
+        raise NumericsError("the model's logits are not finite while sampling", fix="check the weights: training may have diverged")
+
+
+def _block_sums(p: torch.Tensor) -> np.ndarray:
+    """`awrs.block_sums` of every row, (B, ceil(V / BLOCK))."""
+    whole = p.shape[-1] // BLOCK * BLOCK
+    sums = p[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1, dtype=torch.float64)
+    if whole < p.shape[-1]:
+        sums = torch.cat([sums, p[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)], dim=-1)
+    found: np.ndarray = sums.cumsum(-1).numpy()
+    return found
 
 
 def draw_token(order: Order, checker: TokenChecker, sampler: SamplerConfig) -> Draw:

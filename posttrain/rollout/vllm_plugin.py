@@ -322,11 +322,11 @@ class AWRS(FirstInterface, SecondInterface):  # type: ignore[misc]
         if not found:
             return logits
         places = torch.tensor([place for place, _ in found], device=logits.device)
-        tokens: list[int] = []
-        for (_, row), order in zip(found, row_orders(logits[places], [row.noise for _, row in found]), strict=True):
-            tokens.append(row.draw(order))
-        logits[places] = -math.inf
-        logits[places, torch.tensor(tokens, device=logits.device)] = 0.0
+        chosen = logits if len(found) == len(logits) else logits.index_select(0, places)
+        orders = row_orders(chosen, [row.noise for _, row in found])
+        tokens = torch.tensor([row.draw(order) for (_, row), order in zip(found, orders, strict=True)], device=logits.device)
+        logits.index_fill_(0, places, -math.inf)
+        logits[places, tokens] = 0.0
         return logits
 
     def _by_index(self) -> Iterator[tuple[int, Row]]:
