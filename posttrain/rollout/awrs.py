@@ -32,7 +32,7 @@ Accepts = Callable[[int], bool]
 Mask = Callable[[], np.ndarray]
 """(V,) bool of all tokens that may come next."""
 MAX_PROBES = 16
-SMALL = 0.02
+SMALL = 0.1
 """`probes: auto` ends where what is not visited is less than this share of the accepted mass, or after MAX_PROBES."""
 MAX_CALLS = 64
 ROUNDING = 1e-6
@@ -318,18 +318,16 @@ def _ended(chosen: tuple[int, float] | None, kept: float, calls: int, first: boo
 
 def _by_mask(order: Order, mask: Mask, calls: int, first: bool, chosen: tuple[int, float] | None = None) -> Draw:
     """w = Z exactly; the token, where none is chosen yet, is drawn from p c. Rejected tokens have c = 0, so they need no care."""
-    p = np.asarray(order.probabilities(), np.float64)
-    allowed = mask()
-    p = np.where(allowed[: len(p)], p[: len(allowed)], 0.0)
-    total = float(p.sum())
-    if total <= 0.0:
+    p, allowed = order.probabilities(), mask()
+    tokens = np.flatnonzero(allowed[: len(p)])
+    sums = p[tokens].cumsum(dtype=np.float64)
+    if not len(sums) or sums[-1] <= 0.0:
         return Draw(None, -math.inf, -math.inf, calls, first, True)
     if chosen is None:
-        cumulative = np.cumsum(p)
-        token = int(cumulative.searchsorted(order.uniform() * cumulative[-1], side="right"))
-        token = min(token, int(np.flatnonzero(p)[-1]))
+        place = int(sums.searchsorted(order.uniform() * sums[-1], side="right"))
+        token = int(tokens[min(place, int(sums.searchsorted(sums[-1], side="left")))])
         chosen = token, float(p[token])
-    return Draw(chosen[0], math.log(chosen[1]), math.log(total), calls, first, True)
+    return Draw(chosen[0], math.log(chosen[1]), math.log(sums[-1]), calls, first, True)
 
 
 def masked(order: Order, mask: Mask) -> Draw:

@@ -172,8 +172,9 @@ class Grammar:
 class GrammarState:
     """llguidance's matcher over single bytes."""
 
-    def __init__(self, matcher: Any, grammar: Grammar) -> None:
+    def __init__(self, matcher: Any, grammar: Grammar, over_tokens: tuple[int, Any] = (0, None)) -> None:
         self._matcher, self.grammar = matcher, grammar
+        self._over_tokens, self._shared = over_tokens, over_tokens[1] is not None
 
     def allows(self, piece: bytes) -> bool:
         """Whether `piece` may come next."""
@@ -195,13 +196,20 @@ class GrammarState:
 
     def fork(self) -> GrammarState:
         """An independent copy."""
-        return GrammarState(self._matcher.deep_copy(), self.grammar)
+        self._shared = self._over_tokens[1] is not None
+        return GrammarState(self._matcher.deep_copy(), self.grammar, self._over_tokens)
 
     def mask(self, vocabulary: Vocabulary, tokens: Sequence[int]) -> np.ndarray:
-        """(V,) bool after `tokens`, by a matcher over the vocabulary's own tokens."""
-        matcher = _matcher(vocabulary.library, self.grammar.grammar).deep_copy()
-        if not matcher.consume_tokens(list(tokens)):
+        """(V,) bool after `tokens`, by a matcher over the vocabulary's own tokens, which goes on from the last mask of this text."""
+        done, matcher = self._over_tokens
+        if matcher is None:
+            matcher = _matcher(vocabulary.library, self.grammar.grammar).deep_copy()
+        elif self._shared:
+            matcher = matcher.deep_copy()
+        self._over_tokens, self._shared = (0, None), False
+        if not matcher.consume_tokens(list(tokens[done:])):
             raise RolloutError(f"the constraint cannot go on: {_first_line(matcher.get_error())}")
+        self._over_tokens = len(tokens), matcher
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         out = np.unpackbits(bits, bitorder="little")[: len(vocabulary)].astype(bool)
         out[[token for token in vocabulary.ends if token < len(out)]] = self.complete()

@@ -15,8 +15,9 @@ import torch
 
 from posttrain.config.constraint import SamplerConfig
 from posttrain.errors import NumericsError
-from posttrain.rollout.awrs import BLOCK, Draw, GreedyOrder, InverseOrder, ListedOrder, Order, awrs, local, masked, noise
+from posttrain.rollout.awrs import Draw, GreedyOrder, InverseOrder, ListedOrder, Order, awrs, local, masked, noise
 from posttrain.rollout.constraints import TokenChecker
+from posttrain.rollout.sampling import block_sums
 
 LISTED = 64
 """Tokens of an order that a GPU hands over; what lies beyond is fetched where it is needed."""
@@ -54,7 +55,7 @@ def row_orders(logits: torch.Tensor, rows: Sequence[RowNoise]) -> Iterator[Order
         scaled = logits.float() / torch.tensor([[row.temperature or 1.0] for row in rows], device=logits.device)
     if on_host(logits.device):
         p = torch.softmax(scaled, dim=-1)
-        sums = _block_sums(p)
+        sums = block_sums(p).numpy()
         _check_finite(bool(np.isfinite(sums[:, -1]).all()))
         for number, row in enumerate(rows):
             values = p[number].numpy()
@@ -76,16 +77,6 @@ def row_orders(logits: torch.Tensor, rows: Sequence[RowNoise]) -> Iterator[Order
 def _check_finite(finite: bool) -> None:
     if not finite:
         raise NumericsError("the model's logits are not finite while sampling", fix="check the weights: training may have diverged")
-
-
-def _block_sums(p: torch.Tensor) -> np.ndarray:
-    """`awrs.block_sums` of every row, (B, ceil(V / BLOCK))."""
-    whole = p.shape[-1] // BLOCK * BLOCK
-    sums = p[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1, dtype=torch.float64)
-    if whole < p.shape[-1]:
-        sums = torch.cat([sums, p[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)], dim=-1)
-    found: np.ndarray = sums.cumsum(-1).numpy()
-    return found
 
 
 def draw_token(order: Order, checker: TokenChecker, sampler: SamplerConfig) -> Draw:

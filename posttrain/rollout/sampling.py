@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from posttrain.rollout.awrs import BLOCK
 from posttrain.rollout.base import Sampling
 
 
@@ -31,12 +32,14 @@ class SamplingRows:
         greedy: (B,) bool; None where no row is greedy.
         top_k: (B,) int64, 0 = off; None where no row uses it.
         top_p: (B, 1) float32, 1 = off; None where no row uses it.
+        plain: every temperature is 1.
     """
 
     temperature: torch.Tensor
     greedy: torch.Tensor | None
     top_k: torch.Tensor | None
     top_p: torch.Tensor | None
+    plain: bool = False
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], device: torch.device | str = "cpu") -> SamplingRows:
@@ -47,12 +50,12 @@ class SamplingRows:
         )
         top_k = torch.tensor([s.top_k for s in samplings], device=device) if any(s.top_k for s in samplings) else None
         top_p = torch.tensor([s.top_p for s in samplings], device=device)[:, None] if any(s.top_p < 1 for s in samplings) else None
-        return cls(temperature, greedy, top_k, top_p)
+        return cls(temperature, greedy, top_k, top_p, all(s.temperature in (0.0, 1.0) for s in samplings))
 
     def select(self, rows: torch.Tensor) -> SamplingRows:
         """These rows only."""
         pick = [None if part is None else part[rows] for part in (self.greedy, self.top_k, self.top_p)]
-        return SamplingRows(self.temperature[rows], *pick)
+        return SamplingRows(self.temperature[rows], *pick, self.plain)
 
 
 def sampling_logprobs(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
@@ -65,12 +68,16 @@ def sampling_logprobs(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     Returns:
         (B, V) float32; truncated tokens are -inf.
     """
-    scaled = logits.float() / rows.temperature
+    return torch.log_softmax(_truncated(logits, rows), dim=-1)
+
+
+def _truncated(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    scaled = logits.float() if rows.plain else logits.float() / rows.temperature
     if rows.top_k is not None:
         scaled = _keep_top_k(scaled, rows.top_k)
     if rows.top_p is not None:
         scaled = _keep_top_p(scaled, rows.top_p)
-    return torch.log_softmax(scaled, dim=-1)
+    return scaled
 
 
 def _keep_top_k(scaled: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
@@ -91,13 +98,34 @@ def _keep_top_p(scaled: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     return scaled.masked_fill(outside.scatter(1, index, outside), -torch.inf)
 
 
-def draw(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Token ids (B,) by inverse transform of `uniform` (B,) float64 through the distributions `logprobs` (B, V)."""
-    cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    inside = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(uniform[:, None] * total, inside)
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logprobs.shape[-1] - 1)
+def block_sums(p: torch.Tensor) -> torch.Tensor:
+    """(B, ceil(V / BLOCK)) float64, cumulative sums of the blocks of (B, V) probabilities; a tenth of the cost of summing all."""
+    whole = p.shape[-1] // BLOCK * BLOCK
+    sums = p[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1, dtype=torch.float64)
+    if whole < p.shape[-1]:
+        sums = torch.cat([sums, p[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)], dim=-1)
+    return sums.cumsum(-1)
+
+
+def draw(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Token ids (B,) by inverse transform of `uniform` (B,) float64 through the probabilities `p` (B, V).
+
+    First the block of tokens by the sums of blocks, then the token in it.
+    """
+    sums = block_sums(p)
+    target = _below(uniform[:, None] * sums[:, -1:], sums[:, -1:])
+    block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[-1] - 1)
+    before = sums.gather(1, (block - 1).clamp(min=0)) * (block > 0)
+    columns = block * BLOCK + torch.arange(BLOCK, device=p.device)
+    inside = p.gather(1, columns.clamp(max=p.shape[-1] - 1)) * (columns < p.shape[-1])
+    inside = inside.cumsum(dim=-1, dtype=torch.float64)
+    place = torch.searchsorted(inside, _below(target - before, inside[:, -1:]), right=True)
+    return (block * BLOCK + place).squeeze(1).clamp(max=p.shape[-1] - 1)
+
+
+def _below(target: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """`target`, but less than `total`, so that a token with a probability is found."""
+    return torch.minimum(target.clamp(min=0), torch.nextafter(total, torch.zeros_like(total)))
 
 
 def sample(logits: torch.Tensor, rows: SamplingRows, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,9 +145,9 @@ def sample(logits: torch.Tensor, rows: SamplingRows, uniform: torch.Tensor) -> t
         certain = best.float() * 0.0
         if bool(rows.greedy.all()):
             return ids, certain
-    logprobs = sampling_logprobs(logits, rows)
-    drawn = draw(logprobs, uniform)
-    values = logprobs.gather(1, drawn[:, None]).squeeze(1)
+    p = torch.softmax(_truncated(logits, rows), dim=-1)
+    drawn = draw(p, uniform)
+    values = p.gather(1, drawn[:, None]).squeeze(1).log()
     if rows.greedy is None:
         return drawn, values
     return torch.where(rows.greedy, ids, drawn), torch.where(rows.greedy, certain, values)
