@@ -39,27 +39,32 @@ class RowNoise(NamedTuple):
     temperature: float
 
 
-def row_orders(logits: torch.Tensor, rows: Sequence[RowNoise]) -> Iterator[Order]:
+def row_orders(logits: torch.Tensor, rows: Sequence[RowNoise], places: Sequence[int] | None = None) -> Iterator[Order]:
     """The order of each row.
 
     Args:
         logits: (B, V) of the model, before temperature, on any device; not changed.
-        rows: B.
+        rows: as many as there are `places`.
+        places: which rows of `logits` are wanted; None is all of them.
 
     Raises:
         NumericsError: logits that are not finite numbers.
     """
-    if all(row.temperature in (0.0, 1.0) for row in rows):
-        scaled = logits.float()
-    else:
-        scaled = logits.float() / torch.tensor([[row.temperature or 1.0] for row in rows], device=logits.device)
-    if on_host(logits.device):
+    host = on_host(logits.device)
+    if places is not None and (not host or 2 * len(places) < len(logits)):
+        logits, places = logits.index_select(0, torch.tensor(places, device=logits.device)), None
+    where = range(len(rows)) if places is None else places
+    scaled = logits.float()
+    if any(row.temperature not in (0.0, 1.0) for row in rows):
+        temperature = torch.ones(len(logits), 1)
+        temperature[list(where), 0] = torch.tensor([row.temperature or 1.0 for row in rows])
+        scaled = scaled / temperature.to(logits.device)
+    if host:
         p = torch.softmax(scaled, dim=-1)
-        sums = block_sums(p).numpy()
-        _check_finite(bool(np.isfinite(sums[:, -1]).all()))
-        for number, row in enumerate(rows):
-            values = p[number].numpy()
-            yield InverseOrder(values, noise(row.seed, row.step), sums[number]) if row.temperature else GreedyOrder(values)
+        sums, values = block_sums(p).numpy(), p.numpy()
+        _check_finite(bool(np.isfinite(sums[list(where), -1]).all()))
+        for row, place in zip(rows, where, strict=True):
+            yield InverseOrder(values[place], noise(row.seed, row.step), sums[place]) if row.temperature else GreedyOrder(values[place])
         return
     logprobs = torch.log_softmax(scaled, dim=-1)
     _check_finite(not bool(logprobs.isnan().any()))

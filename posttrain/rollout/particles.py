@@ -63,8 +63,8 @@ class Particles:
         live = [(row, i, j) for row, (i, j) in enumerate(self._rows) if not self.groups[i].particles[j].reason]
         rows = [RowNoise(self.groups[i].particles[j].seed, step, self.groups[i].request.sampling.temperature) for _, i, j in live]
         gains = [np.zeros(len(group.particles)) for group in self.groups]
-        chosen = logits if len(live) == len(self._rows) else logits[[row for row, _, _ in live]]
-        for (_, i, j), order in zip(live, row_orders(chosen, rows), strict=True):
+        places = [row for row, _, _ in live] if len(live) < len(self._rows) else None
+        for (_, i, j), order in zip(live, row_orders(logits, rows, places), strict=True):
             gains[i][j] = self._draw(self.groups[i], self.groups[i].particles[j], order, step)
         self._origin = [list(range(len(group.particles))) for group in self.groups]
         for i, group in enumerate(self.groups):

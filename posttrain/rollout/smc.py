@@ -100,8 +100,10 @@ class Population:
 
     def resample(self, uniforms: Iterator[float]) -> np.ndarray | None:
         """Ancestors of the new particles where the effective size asks for it, else None; all dead is never resampled."""
+        if self.count == 1:
+            return None
         size = effective_size(self.log_weights)
-        if self.count == 1 or size == 0.0 or size >= self.threshold * self.count:
+        if size == 0.0 or size >= self.threshold * self.count:
             return None
         found = ancestors(normalised(self.log_weights), uniforms, self.scheme)
         self.log_weights = np.full(self.count, self.log_z())

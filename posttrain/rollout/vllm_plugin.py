@@ -321,12 +321,12 @@ class AWRS(FirstInterface, SecondInterface):  # type: ignore[misc]
         found = list(self._by_index() if ctx is None else self._by_slot(ctx))
         if not found:
             return logits
-        places = torch.tensor([place for place, _ in found], device=logits.device)
-        chosen = logits if len(found) == len(logits) else logits.index_select(0, places)
-        orders = row_orders(chosen, [row.noise for _, row in found])
-        tokens = torch.tensor([row.draw(order) for (_, row), order in zip(found, orders, strict=True)], device=logits.device)
-        logits.index_fill_(0, places, -math.inf)
-        logits[places, tokens] = 0.0
+        places = [place for place, _ in found]
+        orders = row_orders(logits, [row.noise for _, row in found], places if len(places) < len(logits) else None)
+        tokens = [row.draw(order) for (_, row), order in zip(found, orders, strict=True)]
+        where = torch.tensor(places, device=logits.device)
+        logits.index_fill_(0, where, -math.inf)
+        logits[where, torch.tensor(tokens, device=logits.device)] = 0.0
         return logits
 
     def _by_index(self) -> Iterator[tuple[int, Row]]:
