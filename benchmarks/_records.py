@@ -27,7 +27,7 @@ SCHEMA = {
 }
 PROMPT = "record: "
 WRONG = 0.35
-STEPS, BATCH, VOCABULARY = 90, 48, 32_000
+STEPS, BATCH, VOCABULARY = 120, 48, 32_000
 
 
 def record(rng: random.Random) -> str:
@@ -65,7 +65,7 @@ def records_model(quick: bool = False) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(tempfile.gettempdir()) / f"posttrain-records-{'quick' if quick else 'model'}-4"
+    folder = Path(tempfile.gettempdir()) / f"posttrain-records-{'quick' if quick else 'model'}-5"
     if not (folder / "done").exists():
         _train(folder, 40 if quick else STEPS, 4_000 if quick else VOCABULARY)
         (folder / "done").touch()
