@@ -28,6 +28,7 @@ from trl.trainer.utils import RepeatSampler
 from posttrain.errors import RewardError, RolloutError
 from posttrain.rollout.base import Request, RolloutEngine, Sampling, request_seed
 from posttrain.trainers._grpo_config import DynamicConfig
+from posttrain.trainers._grpo_constrained import WithConstraint
 from posttrain.trainers._grpo_fast import WithFast
 from posttrain.trainers._grpo_metrics import Measured, weight_metrics
 from posttrain.trainers._grpo_sampling import PASS, ROW_ID, TAG, DynamicSampler
@@ -77,7 +78,7 @@ class _SkipMasked(TrainerCallback):
         self._trainer._metrics["train"]["steps_skipped"].append(float(items == 0))
 
 
-class GRPOTrainer(Measured, WithTerms, WithFast, Reliable, trl.GRPOTrainer):
+class GRPOTrainer(Measured, WithTerms, WithConstraint, WithFast, Reliable, trl.GRPOTrainer):
     """TRL's GRPOTrainer with complete checkpoints, the numerics guard, preemption, events, our rollout engines and terms.
 
     Its constructor is TRL's, plus:
@@ -85,6 +86,7 @@ class GRPOTrainer(Measured, WithTerms, WithFast, Reliable, trl.GRPOTrainer):
     Args:
         events: see Reliable.
         terms: see WithTerms; None adds nothing to TRL.
+        constrained: see WithConstraint; None draws freely.
         fast: see WithFast; False forwards with TRL.
         engine: None samples with TRL's own generation (neutral: every number is TRL's). Else a function
             (live model, tokenizer) -> RolloutEngine, e.g. `posttrain.rollout.hf.HFEngine`.
@@ -135,13 +137,14 @@ class GRPOTrainer(Measured, WithTerms, WithFast, Reliable, trl.GRPOTrainer):
         if self.engine is None:
             self.engine = self._make_engine(model, self._tokenizer)
         self.engine.load_weights(model, self.state.global_step)
-        requests = self._requests(prompts)
+        requests = self.constrain(self._requests(prompts))
         done = self.engine.generate(requests)
         self._metrics["train" if model.training else "eval"]["rollout/version"].append(float(done[0].version))
         return {
             "prompt_ids": [list(c.prompt_ids) for c in done],
-            "completion_ids": [list(c.token_ids) for c in done],
-            "logprobs": [list(c.logprobs) for c in done],
+            "completion_ids": [list(c.token_ids) or [self._tokenizer.eos_token_id] for c in done],
+            "logprobs": [list(c.logprobs) or [0.0] for c in done],
+            **self.keep(requests, done),
         }
 
     def _requests(self, prompts: list[Any]) -> list[Request]:
@@ -165,6 +168,7 @@ class GRPOTrainer(Measured, WithTerms, WithFast, Reliable, trl.GRPOTrainer):
     def _generate_once(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rollout_inputs = inputs
         output = super()._generate_and_score_completions(inputs)
+        self.weigh(output)
         if self._make_engine is not None and self.model.training:
             self._compare(output)
         return output

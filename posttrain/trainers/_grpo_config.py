@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import Positive, Strict
+from posttrain.config.constraint import ConstraintConfig, SamplerConfig
+from posttrain.config.engine import VllmConfig
 
 if TYPE_CHECKING:
     from posttrain.trainers.grpo import GRPOStage
@@ -19,8 +21,11 @@ if TYPE_CHECKING:
 class RolloutConfig(Strict):
     """How completions are drawn."""
 
-    engine: Literal["hf", "trl"] = "hf"
-    """`hf`: our batched engine on the live model; `trl`: TRL's own generation (the neutral setting)."""
+    engine: Literal["hf", "vllm", "trl"] = "hf"
+    """`hf`: our batched engine on the live model; `vllm`: vLLM beside the trainer in one process, given the weights after every
+    update; `trl`: TRL's own generation (the neutral setting)."""
+    vllm: VllmConfig = VllmConfig()
+    """Options of `engine: vllm`."""
     max_tokens: Positive = 256
     """Completion limit in tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -30,16 +35,49 @@ class RolloutConfig(Strict):
     top_k: Annotated[int, Field(ge=0)] = 0
     """Keep the k likeliest tokens; 0 is off."""
     batch: Positive = 64
-    """Most completions drawn at once (engine `hf`)."""
+    """Most completions drawn at once (engines `hf` and `vllm`)."""
     correction: Literal["none", "token_truncate", "sequence_mask"] = "none"
     """Correction where sampled and recomputed probabilities differ; see `correction_cap`."""
     correction_cap: Annotated[float, Field(gt=0)] = 2.0
     """Cap of the ratio: truncated to it (token), or the sequence is masked above it."""
+    constraint: ConstraintConfig | None = None
+    """What completions must satisfy, all but `free_share` of them."""
+    sampler: SamplerConfig = SamplerConfig()
+    """How constrained completions are drawn; with one particle, since resampling makes a group's completions depend on one another."""
+    weighting: Literal["none", "sequence"] = "none"
+    """Objective. `none`: constrained completions count as drawn, from the policy masked token by token, beside the free ones of
+    their group: biased, and what teaches a format. `sequence`: weighted back, so that the gradient is that of the policy's
+    mean reward given the constraint, consistent in the size of the group; it does not push the policy towards the constraint."""
+    weight_clip: Annotated[float, Field(ge=1)] = 10.0
+    """Largest weight of a completion, in units of its group's mean (`weighting: sequence`)."""
+    free_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Share of each group drawn without the constraint, whose rewards see what the policy writes by itself: constrained completions alone
+    give no gradient against what the constraint forbids."""
+
+    @model_validator(mode="after")
+    def _constrainable(self) -> RolloutConfig:
+        if self.constraint is None:
+            given = [name for name in ("sampler", "weighting", "weight_clip", "free_share") if name in self.model_fields_set]
+            changed = [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
+            if changed:
+                raise ValueError(f"`{changed[0]}` goes with `constraint`")
+            return self
+        if self.engine == "trl":
+            raise ValueError("a constraint needs engine: hf or vllm")
+        if self.sampler.particles > 1:
+            raise ValueError("sampler.particles: more than 1 are resampled, which makes the completions of a group depend on one another")
+        if self.top_k or self.top_p < 1:
+            raise ValueError("a constraint does not go with top_p or top_k: its weights are those of the whole distribution")
+        if self.weighting == "sequence" and self.sampler.method == "local":
+            raise ValueError("weighting: sequence needs weights, sampler.method: local has none; use awrs or mask")
+        return self
 
     @model_validator(mode="after")
     def _ours_only(self) -> RolloutConfig:
         if self.engine == "trl" and self.correction != "none":
-            raise ValueError("correction needs engine: hf; with engine: trl TRL's own sampler and loss agree by construction")
+            raise ValueError("correction needs engine: hf or vllm; with engine: trl TRL's own sampler and loss agree by construction")
+        if self.engine != "vllm" and self.vllm != VllmConfig():
+            raise ValueError("`vllm` goes with `engine: vllm`")
         return self
 
 
@@ -119,12 +157,31 @@ def check_terms(cfg: GRPOStage) -> None:
     if cfg.hardness and cfg.hardness.reward is not None and cfg.hardness.reward not in added:
         raise ValueError(f"hardness.reward: `{cfg.hardness.reward}` is no reward with role: add; there are: {', '.join(added)}")
     _check_trl(cfg, cfg.trl)
+    _check_share(cfg)
     problem = dynamic_problem(cfg.dynamic, cfg.num_iterations, cfg.scale_rewards, cfg.trl) if cfg.dynamic else None
     if problem:
         raise ValueError(f"dynamic: {problem}")
     problem = fast_problem(cfg.trl) if cfg.fast == "on" else None
     if problem:
         raise ValueError(f"fast: {problem}")
+
+
+def _check_share(cfg: GRPOStage) -> None:
+    rollout = cfg.rollout
+    if rollout.constraint is None:
+        return
+    free = round(rollout.free_share * cfg.group)
+    if rollout.free_share and not free:
+        raise ValueError(f"rollout.free_share: {rollout.free_share} of a group of {cfg.group} is none; raise it, or set 0")
+    if free == 1 and rollout.weighting == "sequence":
+        raise ValueError(
+            "rollout.free_share leaves 1 free completion in a group; with weighting: sequence at least 2 are compared, or none"
+        )
+    bound = cfg.group - free
+    if bound < 2:
+        raise ValueError(f"rollout.free_share: {rollout.free_share} leaves {bound} constrained of {cfg.group}; at least 2 are compared")
+    if cfg.trl.get("multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize":
+        raise ValueError("rollout.constraint needs the sum of rewards; remove trl.multi_objective_aggregation")
 
 
 def dynamic_problem(dynamic: DynamicConfig, num_iterations: int, scale_rewards: str, block: Mapping[str, Any]) -> str | None:

@@ -25,6 +25,7 @@ from posttrain.models.save import save_model
 from posttrain.rewards import collecting, failed_rows, failures, find_reward, get_reward
 from posttrain.rollout.hf import HFEngine
 from posttrain.trainers._grpo import PROMPT_IDS, GRPOTrainer
+from posttrain.trainers._grpo_constrained import Constrained
 from posttrain.trainers._grpo_sampling import PASS, ROW_ID
 from posttrain.trainers._grpo_terms import terms_of
 from posttrain.trainers._train import (
@@ -44,6 +45,8 @@ from posttrain.trainers._watch import evaluate_around
 
 if TYPE_CHECKING:
     from posttrain.config.common import RewardUse
+    from posttrain.rollout.base import RolloutEngine
+    from posttrain.trainers._grpo_config import RolloutConfig
     from posttrain.trainers.grpo import GRPOStage
 
 INDEX = "row_index"
@@ -70,6 +73,8 @@ def _reward_function(use: RewardUse, rows: Sequence[Row]) -> Callable[..., list[
         nonlocal judged
         chosen = [rows[i] for i in extra[INDEX]]
         columns = {name: [row.get(name) for row in chosen] for name in names}
+        if "finish_reason" in extra:
+            columns["finish_reason"] = extra["finish_reason"]
         renamed = {name: [row.get(theirs) for row in chosen] for name, theirs in use.columns.items()}
         before = failed_rows(use.use)
         with collecting() as parts:
@@ -192,14 +197,41 @@ def build(
             peft_config=peft_config(cfg.lora, loaded.model, where=f"stages.{ctx.name}"),
             events=ctx.events,
             terms=terms_of(cfg),
+            constrained=_constrained(cfg, f"stages.{ctx.name}"),
             fast=cfg.fast == "on",
             dynamic=cfg.dynamic,
             prompts=(every_row(range(len(rows))), ctx.seed) if cfg.dynamic else None,
-            engine=partial(HFEngine, max_batch=rollout.batch) if rollout.engine == "hf" else None,
+            engine=_engine(rollout, ctx, f"stages.{ctx.name}"),
             correction=rollout.correction,
             correction_cap=rollout.correction_cap,
         )
     return trainer, plan
+
+
+def _engine(rollout: RolloutConfig, ctx: StageContext, where: str) -> Callable[[Any, Any], RolloutEngine] | None:
+    if rollout.engine == "trl":
+        return None
+    if rollout.engine == "hf":
+        return partial(HFEngine, max_batch=rollout.batch)
+    from posttrain.rollout.vllm import VLLMEngine, unavailable
+
+    problem = unavailable()
+    if ctx.world.size > 1:
+        problem = "vLLM runs beside a trainer of one process only"
+    if problem:
+        raise ConfigError(problem, where=f"{where}.rollout.engine", fix="set engine: hf")
+    settings = {"max_batch": rollout.batch, "trust_remote_code": ctx.trust_remote_code, "seed": ctx.seed % 2**32}
+    return partial(VLLMEngine.of_model, options=rollout.vllm, **settings)
+
+
+def _constrained(cfg: GRPOStage, where: str) -> Constrained | None:
+    rollout = cfg.rollout
+    if rollout.constraint is None:
+        return None
+    from posttrain.rollout._build import build_constraint
+
+    built = build_constraint(rollout.constraint, f"{where}.rollout.constraint")
+    return Constrained(built, rollout.sampler, rollout.weighting, rollout.weight_clip, rollout.free_share)
 
 
 def last_samples(trainer: GRPOTrainer, limit: int = 8) -> list[dict[str, Any]]:
@@ -236,13 +268,19 @@ def run_grpo(cfg: GRPOStage, ctx: StageContext) -> None:
     trainer, plan = build(cfg, ctx, loaded, rows, prompt_ids, report["format"] == "chat")
     describe(ctx, plan, f"completions in groups of {cfg.group}")
     where = f"stages.{ctx.name}"
-    whole = "the hf engine samples from" if cfg.rollout.engine == "hf" else "fast: on forwards" if cfg.fast == "on" else ""
+    whole = (
+        f"the {cfg.rollout.engine} engine samples from" if cfg.rollout.engine != "trl" else "fast: on forwards" if cfg.fast == "on" else ""
+    )
     if whole and is_sharded(trainer, where):
         raise ConfigError(
             f"{whole} whole weights, these are sharded (FSDP, ZeRO-3)", where=f"{where}.launch", fix="use ddp.yaml or zero2.yaml"
         )
     failures(reset=True)
-    train_and_commit(trainer, cfg, ctx, loaded)
+    try:
+        train_and_commit(trainer, cfg, ctx, loaded)
+    finally:
+        if trainer.engine is not None:
+            trainer.engine.close()
     ctx.summary.update(reward_failures=failures(), samples=last_samples(trainer))
     if trainer.dynamic is not None:
         ctx.summary["dynamic"] = trainer.dynamic.summary()

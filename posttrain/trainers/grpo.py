@@ -1,7 +1,7 @@
 """Reinforcement on verifiable rows: groups of completions, scored by rewards, by group-relative policy optimization.
 
 TRL's GRPOTrainer. Completions are drawn by our `hf` engine on the live model (each with its own seed, so a result does
-not depend on batching or on the number of processes), or with `rollout.engine: trl` by TRL itself.
+not depend on batching or on the number of processes), by vLLM beside the trainer, or with `rollout.engine: trl` by TRL itself.
 """
 
 from __future__ import annotations
