@@ -11,6 +11,8 @@ from posttrain.config.base import REPORT_ONLY, ModelId, Name, PathStr, Positive,
 from posttrain.config.lora import LoraConfig
 from posttrain.config.optim import OptimConfig
 
+REPEATS = 4.0
+"""Epochs over the same data from which a person is warned (Muennighoff et al. 2023, arXiv 2305.16264)."""
 RowType = Literal["text", "prompt", "messages", "preference", "verifiable"]
 """`text`: {text}; `prompt`: {prompt}; `messages`: {messages}; `preference`: {prompt, chosen, rejected};
 `verifiable`: {prompt, answer, ...columns}. A prompt is a string or a list of messages."""

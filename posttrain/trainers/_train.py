@@ -23,7 +23,7 @@ import torch
 from accelerate import DistributedType
 from transformers.utils import logging as hf_logging
 
-from posttrain.config.common import BatchConfig, TrainConfig
+from posttrain.config.common import REPEATS, BatchConfig, TrainConfig
 from posttrain.config.lora import LoraConfig
 from posttrain.core.context import StageContext
 from posttrain.data.chat import set_template
@@ -39,9 +39,6 @@ from posttrain.trainers._dropout import set_dropout
 from posttrain.trainers._fields import check_trl_fields, owned_fields
 from posttrain.trainers._optim import choose_optimizer
 from posttrain.trainers._watch import evaluate_around, kept_folder, watch
-
-REPEATS = 4.0
-"""Epochs from which a run is warned of."""
 
 
 @dataclass(frozen=True)

@@ -63,32 +63,41 @@ def plan(args: argparse.Namespace) -> int:
         from posttrain.config.redact import redact
         from posttrain.core.events import dumps
 
-        print(dumps(redact([_facts(s) for s in stages]), indent=1))
+        print(dumps(redact([_facts(s, stages) for s in stages]), indent=1))
         return 0
     for stage in stages:
-        print(_plan_text(stage))
+        print(_plan_text(stage, stages))
     todo = sum(s.todo for s in stages)
     print(f"{todo} to run, {len(stages) - todo} not; run folder {run_dir(pipeline, args.runs).path}")
     return 0
 
 
-def _facts(stage: PlannedStage) -> dict[str, Any]:
+def _facts(stage: PlannedStage, stages: list[PlannedStage]) -> dict[str, Any]:
     from posttrain.core.estimate import estimate
     from posttrain.core.launch import command
+    from posttrain.verbs.amounts import amounts
 
-    return {"name": stage.name, "method": stage.method.name, "key": stage.key, "action": stage.action, "why": stage.why,
-            "command": command(stage), "folder": str(stage.folder), "estimate": estimate(stage)}  # fmt: skip
+    return {
+        "name": stage.name, "method": stage.method.name, "key": stage.key, "action": stage.action, "why": stage.why,
+        "command": command(stage), "folder": str(stage.folder), "estimate": estimate(stage),
+        "data": amounts(stage, {other.name: other for other in stages}),
+    }  # fmt: skip
 
 
-def _plan_text(stage: PlannedStage) -> str:
+def _plan_text(stage: PlannedStage, stages: list[PlannedStage]) -> str:
     from posttrain.config.redact import redact
     from posttrain.core.estimate import describe
+    from posttrain.verbs.amounts import describe_amounts
 
-    facts = _facts(stage)
+    facts = _facts(stage, stages)
     ports = ", ".join(f"{port}={'+'.join(r.label for r in refs)}" for port, refs in stage.inputs.items())
     lines = [f"{stage.index + 1:2d} {stage.name} ({stage.method.name})  {stage.action}: {stage.why}", f"   key {stage.key[:16]}  {ports}"]
     if stage.todo:
-        lines += [f"   estimate {describe(facts['estimate'])}", f"   {redact(' '.join(facts['command']))}"]
+        lines += [
+            f"   estimate {describe(facts['estimate'])}",
+            *describe_amounts(facts["data"]),
+            f"   {redact(' '.join(facts['command']))}",
+        ]
     return "\n".join(lines)
 
 

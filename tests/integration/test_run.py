@@ -150,7 +150,7 @@ def test_plan_text_and_json(home: Home) -> None:
     assert f"3 to run, 0 not; run folder {home.runs}/chain" in text.out and "posttrain.core.worker" in text.out
     found = home.plan("--only", "made")
     assert [item["action"] for item in found.values()] == ["run", "skip", "skip"]
-    assert set(found["made"]) == {"name", "method", "key", "action", "why", "command", "folder", "estimate"}
+    assert set(found["made"]) == {"name", "method", "key", "action", "why", "command", "folder", "estimate", "data"}
     assert not home.runs.exists(), "a plan writes nothing"
 
 
