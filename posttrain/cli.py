@@ -43,6 +43,7 @@ VERBS = {
         "single", "quantize a model: METHOD and model", "posttrain quantize rtn model=./model bits=4 group_size=32 out=model-int4"
     ),
     "export": Verb("single", "write a model as a plain folder", "posttrain export model=./model out=exported"),
+    "serve": Verb("serve", "serve a model: vLLM's OpenAI-compatible server with our constraint sampler", "posttrain serve ./model"),
     "report": Verb("look", "write a run's report.html", "posttrain report quickstart"),
     "ls": Verb("look", "list runs, or the stages of one", "posttrain ls quickstart"),
     "show": Verb("look", "show one stage: lineage, files, figures", "posttrain show quickstart sft"),
@@ -113,6 +114,22 @@ def _look(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("--runs", metavar="DIR", help="folder of all runs")
 
 
+def _serve(parser: argparse.ArgumentParser, _verb: str) -> None:
+    parser.add_argument("model", help="folder, artifact, adapter, GGUF file or hub id")
+    parser.epilog = f"what stands after `--` is handed to vLLM's server as it is\n{parser.epilog}"
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; any but the loopback needs a key (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
+    parser.add_argument("--name", help="name that requests ask for (default: the folder's)")
+    parser.add_argument("--api-key-file", metavar="FILE", help="file with the key that clients must send (default: $POSTTRAIN_API_KEY)")
+    parser.add_argument("--lora", action="append", default=[], metavar="NAME=FOLDER", help="also serve this adapter (repeatable)")
+    parser.add_argument("--dtype", default="auto", help="type of weights and activations (default: auto)")
+    parser.add_argument("--max-batch", type=int, default=64, help="most sequences at once (default: 64)")
+    parser.add_argument("--max-model-len", type=int, help="longest prompt and completion together, in tokens")
+    parser.add_argument("--max-body", type=int, default=4 * 2**20, metavar="BYTES", help="largest request (default: 4 MiB)")
+    parser.add_argument("--drain", type=int, default=30, metavar="SECONDS", help="time for running requests after SIGTERM (default: 30)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let a model repository run its own code")
+
+
 def _tools(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb == "new":
         parser.add_argument("what", choices=["method", "reward", "selector", "config"], help="what to write")
@@ -122,7 +139,7 @@ def _tools(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("--completion", choices=["bash"], help="print a completion script instead")
 
 
-_ARGUMENTS = {"pipeline": _pipeline, "single": _single, "look": _look, "tools": _tools}
+_ARGUMENTS = {"pipeline": _pipeline, "single": _single, "look": _look, "serve": _serve, "tools": _tools}
 
 
 class _Plain(argparse.RawDescriptionHelpFormatter):
@@ -144,8 +161,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Arguments with overrides gathered from anywhere on the line, also behind flags."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    parser, argv = build_parser(), sys.argv[1:] if argv is None else argv
+    own = argv.index("--") if "serve" in argv[:1] and "--" in argv else len(argv)
+    args, rest = parser.parse_known_args(argv[:own])
+    args.engine_args = argv[own + 1 :]
     strays = [text for text in rest if text.startswith("-") or "=" not in text]
     if strays or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")

@@ -19,7 +19,9 @@ numbers. Imported by vLLM only.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
+import os
 import random
 import uuid
 from collections import OrderedDict
@@ -35,6 +37,7 @@ from vllm.v1.sample.logits_processor import MoveDirectionality
 
 from posttrain.config.base import Strict
 from posttrain.config.constraint import ConstraintConfig, SamplerConfig
+from posttrain.core.registry import scan_package
 from posttrain.errors import PosttrainError, RolloutError
 from posttrain.rollout._build import build_constraint
 from posttrain.rollout.awrs import Draw, Order
@@ -45,6 +48,10 @@ try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondInterface
 except ImportError:  # older vLLM has the first only
     SecondInterface = object  # type: ignore[assignment,misc]
+
+for _package in filter(None, os.environ.get("POSTTRAIN_PLUGINS", "").split(",")):
+    importlib.import_module(_package)
+    scan_package(_package)
 
 KEPT = 16_384
 """Requests whose results are kept for fetching; the oldest are dropped."""
@@ -110,6 +117,7 @@ class Row:
         vocabulary: of the model.
 
     Attributes:
+        key: under which it is kept.
         chosen: tokens given to vLLM.
         draws: how they were drawn; fewer, where the text could not go on and an end token was given.
         reason: why it could not.
@@ -118,6 +126,7 @@ class Row:
     def __init__(self, spec: Spec, temperature: float, seed: int, vocabulary: Vocabulary) -> None:
         self.spec, self.temperature, self.seed, self.vocabulary = spec, temperature, seed, vocabulary
         self.constraint = spec.built()
+        self.key = ("", seed)
         self.chosen: list[int] = []
         self.draws: list[Draw] = []
         self.reason = self.error = ""
@@ -276,6 +285,7 @@ class AWRS(FirstInterface, SecondInterface):  # type: ignore[misc]
         if row is None:
             temperature = params.temperature if spec.temperature is None else spec.temperature
             row = Row(spec, 0.0 if temperature < GREEDY else temperature, seed, _vocabulary(self._model_config))
+            row.key = key
             STORE[key] = row
             while len(STORE) > KEPT:
                 STORE.popitem(last=False)
@@ -290,8 +300,8 @@ class AWRS(FirstInterface, SecondInterface):  # type: ignore[misc]
         for index in batch_update.removed:
             self._drop(index)
         for index, params, _, outputs in batch_update.added:
-            row = self._row(params)
             self._drop(index)
+            row = self._row(params)
             if row is not None:
                 self._rows[index], self._outputs[index] = row, outputs
         for one, two, direction in batch_update.moved:
@@ -299,15 +309,18 @@ class AWRS(FirstInterface, SecondInterface):  # type: ignore[misc]
                 _move(held, one, two, direction == MoveDirectionality.SWAP)
 
     def _drop(self, index: int) -> None:
-        self._rows.pop(index, None)
+        """Forgets who was there; for good, if nobody will fetch the result. What comes back after preemption is replayed."""
+        row = self._rows.pop(index, None)
         self._outputs.pop(index, None)
+        if row is not None and not row.spec.uid:
+            STORE.pop(row.key, None)
 
     # ---- second interface
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Takes a slot; True where its logits are changed."""
-        row = self._row(sampling_params)
         self._drop(req_idx)
+        row = self._row(sampling_params)
         if row is not None:
             self._rows[req_idx] = row
         return row is not None

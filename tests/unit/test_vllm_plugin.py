@@ -134,6 +134,28 @@ def test_a_preempted_row_goes_on_where_it_was(forgotten):
     assert again == want
 
 
+def test_a_request_whose_result_nobody_fetches_is_forgotten_when_it_leaves():
+    """A server's: it has no uid of its own, but the name given at admission."""
+    given = SamplingParams(temperature=0.9, extra_args={"awrs": {"constraint": CONSTRAINT}})
+    plugin.AWRS.validate_params(given)
+    processor, outputs = plugin.AWRS(config(), torch.device("cpu"), False), []
+    processor.update_state(BatchUpdate(1, [], [(0, given, [1], outputs)], []))
+    tokens = []
+    for _ in range(2):
+        outputs.append(int(processor.apply(logits_of("a", len(outputs))[None].clone()).argmax()))
+    assert len(plugin.STORE) == 1
+    processor.update_state(BatchUpdate(0, [0], [], []))
+    assert not plugin.STORE
+    processor.update_state(BatchUpdate(1, [], [(0, given, [1], outputs)], []))
+    tokens = [*outputs, int(processor.apply(logits_of("a", 2)[None].clone()).argmax())]
+    fresh, again = plugin.AWRS(config(), torch.device("cpu"), False), []
+    plugin.STORE.clear()
+    fresh.update_state(BatchUpdate(1, [], [(0, given, [1], again)], []))
+    for position in range(3):
+        again.append(int(fresh.apply(logits_of("a", position)[None].clone()).argmax()))
+    assert tokens == again, "after preemption it goes on as if it had never left"
+
+
 def test_results_leave_out_what_was_drawn_beyond_the_end():
     batch, out = Batch(), []
     batch.change(added=[(0, ("a", 5, out))])
