@@ -54,8 +54,8 @@ class SamplingRows:
 
     def select(self, rows: torch.Tensor) -> SamplingRows:
         """These rows only."""
-        pick = [None if part is None else part[rows] for part in (self.greedy, self.top_k, self.top_p)]
-        return SamplingRows(self.temperature[rows], *pick, self.plain)
+        greedy, top_k, top_p = (None if part is None else part[rows] for part in (self.greedy, self.top_k, self.top_p))
+        return SamplingRows(self.temperature[rows], greedy, top_k, top_p, self.plain)
 
 
 def sampling_logprobs(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:

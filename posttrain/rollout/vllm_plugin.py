@@ -228,7 +228,7 @@ def parsed(params: Any) -> Spec | None:
         raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
-class AWRS(FirstInterface, SecondInterface):  # type: ignore[misc]
+class AWRS(FirstInterface, SecondInterface):
     """Decides the tokens of requests that carry `extra_args["awrs"]`.
 
     Args:
@@ -410,7 +410,7 @@ def _vocabulary(model_config: Any) -> Vocabulary:
     if name not in Shared.vocabularies:
         from transformers import AutoTokenizer
 
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=model_config.trust_remote_code)  # type: ignore[no-untyped-call]
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=model_config.trust_remote_code)
         declared = (model_config.try_get_generation_config() or {}).get("eos_token_id")
         declared = declared if declared is not None else getattr(model_config.hf_config, "eos_token_id", None)
         declared = declared if isinstance(declared, list | tuple) else [declared]

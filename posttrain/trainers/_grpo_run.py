@@ -213,7 +213,8 @@ def _engine(rollout: RolloutConfig, ctx: StageContext, where: str) -> Callable[[
         return None
     if rollout.engine == "hf":
         return partial(HFEngine, max_batch=rollout.batch)
-    from posttrain.rollout.vllm import VLLMEngine, unavailable
+    from posttrain.rollout._vllm import unavailable
+    from posttrain.rollout.vllm import VLLMEngine
 
     problem = unavailable()
     if ctx.world.size > 1:

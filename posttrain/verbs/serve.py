@@ -37,7 +37,7 @@ OURS = (
 
 def serve(args: argparse.Namespace) -> int:
     """Starts the server in this process's place; returns only by an error."""
-    from posttrain.rollout.vllm import unavailable
+    from posttrain.rollout._vllm import unavailable
 
     problem = unavailable()
     if problem:

