@@ -18,8 +18,8 @@ class VllmConfig(Strict):
     """Longest prompt and completion together, in tokens; None is the model's own limit."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Share of a GPU's memory for weights and cache; beside a trainer, leave it room."""
-    cpu_cache_gib: Positive = 1
-    """Size of the key-value cache on a CPU."""
+    cpu_cache_gib: Positive | None = None
+    """Size of the key-value cache on a CPU; None is `VLLM_CPU_KVCACHE_SPACE`, or 1."""
     tensor_parallel_size: Positive = 1
     """GPUs that share the model."""
     enforce_eager: bool = False

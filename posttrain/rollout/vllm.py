@@ -25,6 +25,7 @@ import torch
 from posttrain.config.engine import VllmConfig
 from posttrain.core.environment import VLLM_VARIABLES
 from posttrain.errors import ConfigError, RolloutError
+from posttrain.models.rng import preserved_rng
 from posttrain.rollout._vllm import Declared, last_line, named_weights, save_weights, unavailable
 from posttrain.rollout.base import Completion, Request, Sampling
 from posttrain.rollout.constraints import Constraint, Vocabulary
@@ -110,11 +111,16 @@ class VLLMEngine:
     def _start(self, folder: Path, trust_remote_code: bool, seed: int) -> Any:
         for name, value in VLLM_VARIABLES.items():
             os.environ.setdefault(name, value)
-        gpu = torch.cuda.is_available()
-        if not gpu:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        if self.options.cpu_cache_gib is not None:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(self.options.cpu_cache_gib)
+        with preserved_rng():
+            return self._made(folder, trust_remote_code, seed)
+
+    def _made(self, folder: Path, trust_remote_code: bool, seed: int) -> Any:
         from vllm import LLM
 
+        gpu = torch.cuda.is_available()
         dtype = self.options.dtype if gpu or self.options.dtype != "auto" else "float32"
         try:
             return LLM(

@@ -17,6 +17,7 @@ from posttrain.core.context import StageContext
 from posttrain.errors import ConfigError
 from posttrain.losses.d2o import d2o_loss, d2o_margin, jeffrey_divergence, unlikelihood
 from posttrain.models.load import load_model
+from posttrain.models.rng import preserved_rng
 from posttrain.trainers._answers import Answer
 from posttrain.trainers._d2o_samples import (
     Group,
@@ -44,7 +45,7 @@ from posttrain.trainers._train import (
     warn_of_epochs,
 )
 from posttrain.trainers._trl import Reliable
-from posttrain.trainers._watch import evaluate_around, preserved_rng, save_kept
+from posttrain.trainers._watch import evaluate_around, save_kept
 
 PATIENCE = 10
 """Steps over which `max_self_drop` is averaged."""

@@ -17,13 +17,14 @@ from posttrain.data.dataset import training_rows
 from posttrain.data.prompts import plain_ids
 from posttrain.errors import ConfigError, DataError
 from posttrain.eval.diversity import Corpus, distinct, repetition, type_token_ratio
+from posttrain.models.rng import preserved_rng
 from posttrain.rollout.base import Request, Sampling
 from posttrain.rollout.hf import HFEngine, evaluation_mode
 from posttrain.trainers._checkpoint import read_checkpoint
 from posttrain.trainers._dropout import set_dropout
 from posttrain.trainers._sft import IGNORED, SFTTrainer, build
 from posttrain.trainers._train import describe, epoch_permutation, load_for_training, train_and_commit
-from posttrain.trainers._watch import evaluate_around, kept_folder, preserved_rng, save_kept
+from posttrain.trainers._watch import evaluate_around, kept_folder, save_kept
 
 HISTORY = "hyperfit.json"
 BATCH = 16

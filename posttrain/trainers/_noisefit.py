@@ -21,6 +21,7 @@ from posttrain.core.context import StageContext
 from posttrain.core.durable import write_json
 from posttrain.errors import ConfigError
 from posttrain.losses.noisefit import Form, Head, Weights, noisefit_loss
+from posttrain.models.rng import preserved_rng
 from posttrain.trainers._noisefit_config import NEEDS_PLAIN, NoiseConfig
 from posttrain.trainers._noisefit_forward import (
     add_noisy_forward,
@@ -33,7 +34,6 @@ from posttrain.trainers._noisefit_forward import (
 from posttrain.trainers._noisefit_noise import Injector, Work, operator_of, segments_of
 from posttrain.trainers._noisefit_select import Batch, Policy, choose, scales_of
 from posttrain.trainers._sft import IGNORED, WEIGHT, SFTTrainer, run_sft
-from posttrain.trainers._watch import preserved_rng
 
 POLICY = "noise_policy.json"
 

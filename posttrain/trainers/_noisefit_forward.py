@@ -21,9 +21,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain.errors import ConfigError
 from posttrain.losses.noisefit import Head
+from posttrain.models.rng import preserved_rng
 from posttrain.trainers._grpo_forward import head_shape
 from posttrain.trainers._noisefit_noise import Injector, Operator, Work, repeated, segments_of
-from posttrain.trainers._watch import preserved_rng
 
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}
 COARSE = 0.05

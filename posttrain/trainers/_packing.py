@@ -18,7 +18,7 @@ import trl
 from datasets import Dataset
 
 from posttrain.errors import ConfigError
-from posttrain.trainers._watch import preserved_rng
+from posttrain.models.rng import preserved_rng
 
 IGNORED = -100
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]

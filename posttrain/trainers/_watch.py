@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from transformers import TrainerCallback
 
 from posttrain.config.common import Guard, Steering, StopAt, TrainConfig, steering
 from posttrain.core.context import StageContext
 from posttrain.core.durable import write_json
 from posttrain.errors import ArtifactError, ConfigError
+from posttrain.models.rng import preserved_rng
 from posttrain.trainers._checkpoint import clear, mark_complete, read_checkpoint
-
-
-@contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Leaves Python's, numpy's and torch's generators as they were, so that an evaluation cannot change a run."""
-    python, arrays, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
-        torch.set_rng_state(cpu)
-        if gpu:
-            torch.cuda.set_rng_state_all(gpu)
 
 
 def evaluate_around(ctx: StageContext, when: str, model: Any, tokenizer: Any) -> None:
