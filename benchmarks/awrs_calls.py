@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 from _harness import arguments, compare, finish, speed
 
-from posttrain.rollout.awrs import InverseOrder, awrs, local, masked, noise
+from posttrain.rollout.awrs import InverseOrder, awrs, block_sums, local, masked, noise
 
 
 def row(vocabulary: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +58,7 @@ def calls(vocabulary: int, share: float, draws: int) -> dict[str, Any]:
     spent = []
     for seed in range(8):
         p, allowed = row(vocabulary, share, seed)
-        z, sums = float(p[allowed].sum()), np.cumsum(p)
+        z, sums = float(p[allowed].sum()), block_sums(p)
         found["theory"].append(1 + float((p[~allowed] / (p[~allowed] + z)).sum()))
         found["z"].append(z)
         for i in range(draws // 8):
@@ -90,7 +90,7 @@ def worst(vocabulary: int, draws: int) -> dict[str, Any]:
     p, _ = row(vocabulary, 0.0, 0)
     allowed = np.zeros(vocabulary, bool)
     allowed[np.argsort(p)[: vocabulary // 200]] = True
-    sums, found, spent = np.cumsum(p), [], []
+    sums, found, spent = block_sums(p), [], []
     for i in range(draws):
         start = time.perf_counter()
         found.append(awrs(InverseOrder(p, noise(3, i), sums), allowed.item, mask=lambda: allowed))
@@ -108,7 +108,7 @@ def main() -> None:
     parts = {f"{size // 1000}k, {share:g}": calls(size, share, draws) for size in (32_000, 128_000) for share in (0.1, 0.5, 0.9)}
     strays = {f"{size // 1000}k": worst(size, max(20, draws // 40)) for size in (32_000, 128_000)}
     p, allowed = row(32_000, 0.5, 0)
-    sums, predicate = np.cumsum(p), Predicate(allowed)
+    sums, predicate = block_sums(p), Predicate(allowed)
 
     def by_mask() -> None:
         masked(InverseOrder(p, noise(0, 0), sums), lambda: np.array([predicate(token) for token in range(32_000)]))
