@@ -179,6 +179,7 @@ class VLLMEngine:
         finally:
             if parts:
                 self._llm.llm_engine.abort_request(list(parts))
+                self._llm.collective_rpc("awrs_pop", args=([(part.uid, part.seed, 0) for part in parts.values()],))
             for key, _ in self._keys.values():
                 _shared().constraints.pop(key, None)
             self._keys.clear()
