@@ -13,6 +13,17 @@ from posttrain.rollout.constraints import Constraint, TokenChecker, Vocabulary
 END = 256
 PIECES = [b'{"', b'": ', b'", "', b'"}', b"true", b"false", b"null", b"\xf0\x9f", b"\x98\x80", b"10", b"ab", b'"a"', b"[", b"]]"]
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": [1, 22]}, "b": {"type": "boolean"}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+JSON = {"all": [{"json_schema": SCHEMA}, {"banned": [" ", "\n", "\r", "\t"]}]}
+"""Records without white space, so that a small model ends them."""
+WORDS = {"regex": "[a-h]|[s-z][s-z]"}
+"""Half of the first letters lead to long words, which hardly ever come, since an end is as rare as any other token."""
+
 
 def byte_vocabulary() -> Vocabulary:
     """256 single bytes, an end token, and some tokens of several bytes, parts of an emoji among them."""

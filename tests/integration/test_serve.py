@@ -17,6 +17,8 @@ from typing import Any
 import jsonschema
 import pytest
 
+from tests.constraint_kit import JSON, SCHEMA
+
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
@@ -24,13 +26,6 @@ httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.vllm
 
 KEY = "test-key"
-SCHEMA = {
-    "type": "object",
-    "properties": {"a": {"enum": [1, 22]}, "b": {"type": "boolean"}},
-    "required": ["a", "b"],
-    "additionalProperties": False,
-}
-JSON = {"all": [{"json_schema": SCHEMA}, {"banned": [" ", "\n", "\r", "\t"]}]}
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
+from tests.constraint_kit import JSON, SCHEMA, WORDS
+
 torch = pytest.importorskip("torch")
 
 from posttrain.config.constraint import ConstraintConfig, SamplerConfig  # noqa: E402
@@ -22,15 +24,6 @@ from posttrain.rollout.base import Request, Sampling, request_seed  # noqa: E402
 from posttrain.rollout.constraints import Vocabulary, predicate  # noqa: E402
 from posttrain.rollout.hf import HFEngine  # noqa: E402
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"a": {"enum": [1, 22]}, "b": {"type": "boolean"}},
-    "required": ["a", "b"],
-    "additionalProperties": False,
-}
-JSON = {"all": [{"json_schema": SCHEMA}, {"banned": [" ", "\n", "\r", "\t"]}]}
-WORDS = {"regex": "[a-h]|[s-z][s-z]"}
-"""Half of the first letters lead to long words, which hardly ever come, since an end is as rare as any other token."""
 PROMPT = "The quick"
 
 

@@ -9,6 +9,8 @@ import jsonschema
 import numpy as np
 import pytest
 
+from tests.constraint_kit import JSON, SCHEMA, WORDS
+
 torch = pytest.importorskip("torch")
 
 from posttrain.config.constraint import ConstraintConfig, SamplerConfig  # noqa: E402
@@ -22,14 +24,6 @@ from posttrain.rollout.sampling import SamplingRows, sampling_logprobs  # noqa: 
 
 pytestmark = pytest.mark.vllm
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"a": {"enum": [1, 22]}, "b": {"type": "boolean"}},
-    "required": ["a", "b"],
-    "additionalProperties": False,
-}
-JSON = {"all": [{"json_schema": SCHEMA}, {"banned": [" ", "\n", "\r", "\t"]}]}
-WORDS = {"regex": "[a-h]|[s-z][s-z]"}
 PROMPTS = ("The quick brown", "What is 12 + 34?", "def add(left")
 
 
