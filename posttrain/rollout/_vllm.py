@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,28 @@ def unavailable() -> str:
     if not hasattr(LogitsProcessor, "validate_params"):
         return "the installed vLLM cannot check a request's constraint at admission; install vLLM 0.22 or later"
     return ""
+
+
+@contextmanager
+def odd_modules_hidden() -> Iterator[None]:
+    """Takes modules out of sight that vLLM trips over while it starts: those with an object whose `__dict__` is none (llvmlite).
+
+    vLLM's CPU build looks through every loaded module for kernels to replace, and asks each value's `__dict__` for `get`.
+    """
+    odd = {name: module for name, module in list(sys.modules.items()) if any(map(_is_odd, list(getattr(module, "__dict__", {}).values())))}
+    for name in odd:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        sys.modules.update(odd)
+
+
+def _is_odd(value: Any) -> bool:
+    try:
+        return hasattr(value, "__dict__") and not hasattr(vars(value), "get")
+    except Exception:
+        return False
 
 
 class Declared:

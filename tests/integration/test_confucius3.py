@@ -123,7 +123,7 @@ def test_samples_for_the_report_have_their_rewards_by_part(run: dict[str, StageR
 
 
 DOC = (REPO / "docs" / "rl.md").read_text(encoding="utf-8")
-ELSEWHERE = re.compile(r"ratio/|correction/|kl$|seconds/logprobs$|gate/NAME|rewards?/NAME/")
+ELSEWHERE = re.compile(r"ratio/|correction/|kl$|seconds/logprobs$|gate/NAME|rewards?/NAME/|constrained/|free/")
 """Metrics of settings that the small recipe does not have, and patterns of names."""
 
 

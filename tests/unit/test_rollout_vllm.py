@@ -40,6 +40,7 @@ def model(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def engine(model, tiny_tokenizer):
+    pytest.importorskip("llvmlite.binding.ffi", reason="a loaded module that vLLM's start stumbles over")
     from posttrain.rollout.vllm import VLLMEngine
 
     made = VLLMEngine.of_model(model, tiny_tokenizer, VllmConfig(segment=16), max_batch=24)
