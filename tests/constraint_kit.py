@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from posttrain.config.constraint import ConstraintConfig, SamplerConfig
+from posttrain.rollout._build import build_constraint
 from posttrain.rollout.awrs import InverseOrder, awrs, noise
+from posttrain.rollout.base import Request, Sampling, request_seed
 from posttrain.rollout.constraints import Constraint, TokenChecker, Vocabulary
 
 END = 256
@@ -23,6 +28,35 @@ JSON = {"all": [{"json_schema": SCHEMA}, {"banned": [" ", "\n", "\r", "\t"]}]}
 """Records without white space, so that a small model ends them."""
 WORDS = {"regex": "[a-h]|[s-z][s-z]"}
 """Half of the first letters lead to long words, which hardly ever come, since an end is as rare as any other token."""
+
+
+def sharpened(folder: Path) -> Any:
+    """The tiny model, a little sharpened, so that its choices have margins."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1.3)
+    return model
+
+
+def bound_requests(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    count: int,
+    constraint: dict[str, Any],
+    temperature: float = 1.0,
+    max_tokens: int = 40,
+    **sampler: Any,
+) -> list[Request]:
+    """`count` constrained requests a prompt, each with noise of its own and the id PROMPT/NUMBER."""
+    found, settings = build_constraint(ConstraintConfig(**constraint)), SamplerConfig(**sampler)
+    return [
+        Request(tokenizer.encode(prompt), request_seed(3, prompt, k), Sampling(max_tokens, temperature), f"{prompt}/{k}", found, settings)
+        for prompt in prompts
+        for k in range(count)
+    ]
 
 
 def byte_vocabulary() -> Vocabulary:

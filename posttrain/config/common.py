@@ -349,6 +349,8 @@ class TrainConfig(StageConfig):
 
     takes_four_bit: ClassVar[bool] = False
     """Whether `lora.load_in_4bit` may be set: only stages that do nothing but train on rows."""
+    repeats_meant: ClassVar[bool] = False
+    """Whether many passes over the same data are what the method is about."""
 
     data: DataConfig = DataConfig()
     """Rows to tokens."""
@@ -378,6 +380,11 @@ class TrainConfig(StageConfig):
     """Optimizer steps between logged metrics."""
     trl: dict[str, Any] = {}
     """Fields of the installed TRL config, passed through; keys that posttrain owns are refused with a pointer."""
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """(items, tokens of each) that the stage takes of its data, whatever there is; None where it takes all rows."""
+        return None
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

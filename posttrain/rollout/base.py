@@ -8,7 +8,7 @@ samplers are kept apart.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,8 @@ from posttrain.config.constraint import SamplerConfig
 from posttrain.rollout.constraints import Constraint
 
 DEFAULT_SAMPLER = SamplerConfig()
+Progress = Callable[[int, int, int], None]
+"""Called with (requests done, requests in all, tokens drawn so far)."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,10 @@ import numpy as np
 import torch
 
 from posttrain.errors import NumericsError, RolloutError
-from posttrain.rollout.base import Completion, Request
+from posttrain.rollout.base import Completion, Progress, Request
 from posttrain.rollout.constraints import Vocabulary
 from posttrain.rollout.sampling import SamplingRows, sample, uniforms
 from posttrain.rollout.stopping import StopRule, end_ids
-
-Progress = Callable[[int, int, int], None]
-"""Called with (requests done, requests in all, tokens drawn so far)."""
 
 
 class HFEngine:

@@ -29,7 +29,8 @@ def open_engine(
         scratch: where an adapter merged for vLLM is written.
         max_batch: most completions at once.
         vllm: options of vLLM.
-        dtype, attn: of the transformers engine.
+        dtype: of the weights; where it is `auto`, vLLM's own option.
+        attn: of the transformers engine.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -61,5 +62,8 @@ def open_engine(
         folder = source.local
         check_folder(folder)
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    made = VLLMEngine(folder, tokenizer, vllm, max_batch=max_batch, trust_remote_code=trust_remote_code)
+    options = vllm or VllmConfig()
+    if options.dtype == "auto" and dtype != "auto":
+        options = VllmConfig.model_validate({**options.dump(), "dtype": dtype})
+    made = VLLMEngine(folder, tokenizer, options, max_batch=max_batch, trust_remote_code=trust_remote_code)
     return made, made.max_model_len

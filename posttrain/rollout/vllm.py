@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,12 @@ from posttrain.core.environment import VLLM_VARIABLES
 from posttrain.errors import ConfigError, RolloutError
 from posttrain.models.rng import preserved_rng
 from posttrain.rollout._vllm import Declared, last_line, named_weights, odd_modules_hidden, save_weights, unavailable
-from posttrain.rollout.base import Completion, Request, Sampling
+from posttrain.rollout.base import Completion, Progress, Request, Sampling
 from posttrain.rollout.constraints import Constraint, Vocabulary
 from posttrain.rollout.group import Group, Particle
 from posttrain.rollout.hf import evaluation_mode
 from posttrain.rollout.stopping import StopRule, end_ids
 
-Progress = Callable[[int, int, int], None]
 PLUGIN = "posttrain.rollout.vllm_plugin"
 WHERE = "rollout.engine"
 PROBE_TOKENS = 8
@@ -57,7 +56,7 @@ class VLLMEngine:
         tokenizer: decodes completions.
         options: see VllmConfig.
         max_batch: most sequences at once.
-        progress: called with (requests done, requests in all, tokens drawn so far).
+        progress: see Progress.
         trust_remote_code: run code that comes with the model.
         seed: of vLLM itself; requests have their own.
 
@@ -144,8 +143,10 @@ class VLLMEngine:
 
         Raises:
             ConfigError: a request asks for what cannot be combined with a constraint.
-            RolloutError: a request does not fit the model, or the engine lost its results.
+            RolloutError: the engine is closed, a request does not fit the model, or the engine lost its results.
         """
+        if self._llm is None:
+            raise RolloutError("the engine is closed")
         if not requests:
             return []
         started = time.monotonic()
@@ -383,6 +384,8 @@ class VLLMEngine:
         llm, self._llm = self._llm, None
         if llm is None:
             return
+        if self._vocabulary is not None and self._in_process:
+            _shared().vocabularies.pop(str(llm.llm_engine.model_config.tokenizer), None)
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()

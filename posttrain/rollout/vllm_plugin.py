@@ -40,9 +40,11 @@ from posttrain.config.constraint import ConstraintConfig, SamplerConfig
 from posttrain.core.registry import scan_package
 from posttrain.errors import PosttrainError, RolloutError
 from posttrain.rollout._build import build_constraint
+from posttrain.rollout._vllm import Declared
 from posttrain.rollout.awrs import Draw, Order
 from posttrain.rollout.constraints import Constraint, TokenChecker, Vocabulary
 from posttrain.rollout.orders import RowNoise, draw_token, row_orders
+from posttrain.rollout.stopping import end_ids
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondInterface
@@ -57,9 +59,10 @@ KEPT = 16_384
 """Requests whose results are kept for fetching; the oldest are dropped."""
 GREEDY = 1e-5
 """vLLM takes lower temperatures for 0."""
-SPOILERS = {
-    "top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": None,
-    "min_tokens": 0, "bad_words": None, "allowed_token_ids": None, "structured_outputs": None,
+SPOILERS: dict[str, tuple[Any, ...]] = {
+    "top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "presence_penalty": (0.0,), "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,), "min_tokens": (0,), "logit_bias": (None, {}), "bad_words": (None, []), "allowed_token_ids": (None, []),
+    "structured_outputs": (None,),
 }  # fmt: skip
 """Parameters of vLLM that would change the distribution, with the values that do not."""
 
@@ -113,20 +116,18 @@ class Row:
     Args:
         spec: see Spec.
         temperature: of its distribution; 0 is greedy.
-        seed: of its noise.
+        key: name and seed of the request, under which it is kept.
         vocabulary: of the model.
 
     Attributes:
-        key: under which it is kept.
         chosen: tokens given to vLLM.
         draws: how they were drawn; fewer, where the text could not go on and an end token was given.
         reason: why it could not.
     """
 
-    def __init__(self, spec: Spec, temperature: float, seed: int, vocabulary: Vocabulary) -> None:
-        self.spec, self.temperature, self.seed, self.vocabulary = spec, temperature, seed, vocabulary
+    def __init__(self, spec: Spec, temperature: float, key: tuple[str, int], vocabulary: Vocabulary) -> None:
+        self.spec, self.temperature, self.key, self.vocabulary = spec, temperature, key, vocabulary
         self.constraint = spec.built()
-        self.key = ("", seed)
         self.chosen: list[int] = []
         self.draws: list[Draw] = []
         self.reason = self.error = ""
@@ -159,7 +160,7 @@ class Row:
     @property
     def noise(self) -> RowNoise:
         """Of the next token."""
-        return RowNoise(self.seed, len(self.spec.before) + len(self.chosen), self.temperature)
+        return RowNoise(self.key[1], len(self.spec.before) + len(self.chosen), self.temperature)
 
     def draw(self, order: Order) -> int:
         """The next token, from the row's order; an end token where the text cannot go on."""
@@ -284,9 +285,7 @@ class AWRS(FirstInterface, SecondInterface):
         row = STORE.get(key)
         if row is None:
             temperature = params.temperature if spec.temperature is None else spec.temperature
-            row = Row(spec, 0.0 if temperature < GREEDY else temperature, seed, _vocabulary(self._model_config))
-            row.key = key
-            STORE[key] = row
+            row = STORE[key] = Row(spec, 0.0 if temperature < GREEDY else temperature, key, _vocabulary(self._model_config))
             while len(STORE) > KEPT:
                 STORE.popitem(last=False)
         return row
@@ -397,23 +396,20 @@ def _move(held: dict[int, Any], one: int, two: int, swap: bool) -> None:
 
 def _refuse_spoilers(params: Any) -> None:
     for name, neutral in SPOILERS.items():
-        value = getattr(params, name, neutral)
-        if value != neutral and not (neutral is None and not value):
-            raise ValueError(f"{name}: it would change the distribution that constrained sampling weighs; remove it")
-    if params.top_k not in (0, -1):
-        raise ValueError("top_k: it would change the distribution that constrained sampling weighs; remove it")
+        value = getattr(params, name, neutral[0])
+        if value not in neutral:
+            raise ValueError(
+                f"{name}: {value} would change the distribution that constrained sampling weighs; send {neutral[0]}, "
+                "also where it comes from the model's generation config"
+            )
 
 
 def _vocabulary(model_config: Any) -> Vocabulary:
     """Of the model's tokenizer; an engine of this process hands its own over."""
     name = str(model_config.tokenizer)
     if name not in Shared.vocabularies:
-        from transformers import AutoTokenizer
+        from posttrain.models.load import load_tokenizer
 
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=model_config.trust_remote_code)
-        declared = (model_config.try_get_generation_config() or {}).get("eos_token_id")
-        declared = declared if declared is not None else getattr(model_config.hf_config, "eos_token_id", None)
-        declared = declared if isinstance(declared, list | tuple) else [declared]
-        ends = frozenset(i for i in (*declared, tokenizer.eos_token_id) if i is not None)
-        Shared.vocabularies[name] = Vocabulary.of(tokenizer, ends)
+        tokenizer = load_tokenizer(name, trust_remote_code=model_config.trust_remote_code)
+        Shared.vocabularies[name] = Vocabulary.of(tokenizer, end_ids(Declared(model_config), tokenizer))
     return Shared.vocabularies[name]

@@ -15,7 +15,7 @@ training blocks hold as well, mean over continuations), `ended` (continuations t
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,6 +29,8 @@ from posttrain.trainers._supervised import SupervisedConfig
 
 class HyperfitStage(SupervisedConfig):
     """Fields of `method: hyperfit`; defaults are the paper's."""
+
+    repeats_meant: ClassVar[bool] = True
 
     method: Literal["hyperfit"] = "hyperfit"
     """Hyperfitting."""
@@ -81,6 +83,11 @@ class HyperfitStage(SupervisedConfig):
         if self.keep == "ttr" and (self.commit.best is not None or self.guard is not None):
             raise ValueError("keep: ttr chooses the weights; remove commit.best and guard")
         return self
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Blocks, and their tokens."""
+        return self.samples, self.sequence_length
 
     @property
     def stops_itself(self) -> bool:

@@ -30,7 +30,7 @@ def amounts(stage: PlannedStage, done: Mapping[str, PlannedStage]) -> dict[str, 
         done: all stages of the plan, by name.
 
     Returns:
-        Empty for other stages.
+        Empty for other stages. `meant` is there where many epochs are what the method is about.
     """
     cfg, refs = stage.config, stage.inputs.get("data", [])
     if not isinstance(cfg, TrainConfig) or not refs or not stage.todo:
@@ -51,6 +51,8 @@ def amounts(stage: PlannedStage, done: Mapping[str, PlannedStage]) -> dict[str, 
         rows = repeat_rows(rows, stage.seed)
     unique = list({row["id"]: row for row in rows}.values())
     found: dict[str, Any] = {"rows": len(unique)}
+    if cfg.part is not None:
+        return {**found, **_of_part(cfg, *cfg.part)}
     lengths = _lengths(stage, done, unique, cfg.data.max_length)
     once = sum(lengths) / len(lengths) * len(rows) if lengths else None
     if lengths and once is not None:
@@ -63,6 +65,13 @@ def amounts(stage: PlannedStage, done: Mapping[str, PlannedStage]) -> dict[str, 
     if once is not None and stage.method.name != "grpo":
         found["tokens_seen"] = round(once * epochs)
     return found
+
+
+def _of_part(cfg: TrainConfig, items: int, tokens: int) -> dict[str, Any]:
+    """Figures of a stage that trains on a part of its data, of a size that its config gives."""
+    epochs = (cfg.epochs or 1.0) if cfg.steps is None else cfg.steps * (cfg.batch.rows or cfg.batch.per_device) / items
+    found = {"unique_tokens": items * tokens, "tokens_seen": round(items * tokens * epochs), "epochs": round(epochs, 3)}
+    return {**found, "meant": True} if cfg.repeats_meant else found
 
 
 def _epochs(cfg: TrainConfig, rows: int, tokens: float | None) -> float | None:
@@ -142,7 +151,7 @@ def describe_amounts(found: Mapping[str, Any]) -> list[str]:
     if "later" in found:
         parts.append(found["later"])
     lines = [f"   data {', '.join(parts)}"]
-    if found.get("epochs", 0.0) > REPEATS:
+    if found.get("epochs", 0.0) > REPEATS and "meant" not in found:
         lines.append(
             f"   warning {found['epochs']:g} epochs over the same data, more than {REPEATS:g}: held-out loss may rise; see `guard`"
         )

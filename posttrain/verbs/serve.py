@@ -15,7 +15,7 @@ import argparse
 import ipaddress
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from posttrain.core.environment import VLLM_VARIABLES
@@ -30,9 +30,9 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Largest LoRA ranks that vLLM can be set to."""
 OURS = (
     "--model", "--host", "--port", "--api-key", "--logits-processors", "--worker-extension-cls", "--enable-lora", "--lora-modules",
-    "--max-lora-rank", "--trust-remote-code", "--shutdown-timeout", "--speculative-config",
+    "--max-lora-rank", "--trust-remote-code", "--shutdown-timeout", "--speculative-config", "--config",
 )  # fmt: skip
-"""Options of vLLM that must not come from the rest of the command line."""
+"""Options of vLLM that must not come from the rest of the command line, nor from a file named there."""
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -55,23 +55,13 @@ def server_command(args: argparse.Namespace, environment: Mapping[str, str]) -> 
     """
     key = _key(args, environment)
     _check_address(args.host, key, environment)
-    for option in args.engine_args:
-        name = option.partition("=")[0]
-        if name in OURS:
-            fix = "use posttrain's own option, or start vLLM's server yourself"
-            raise ConfigError(f"`{name}` is set by posttrain", where="serve", fix=fix)
-    model, adapters = _model(args)
+    _check_options(args.engine_args)
+    name, model, adapters = _model(args)
     command = [sys.executable, "-m", SERVER, "--model", model, "--host", args.host, "--port", str(args.port)]
-    command += ["--served-model-name", args.name or Path(args.model).name, "--dtype", args.dtype, "--max-num-seqs", str(args.max_batch)]
-    command += [
-        "--shutdown-timeout",
-        str(args.drain),
-        "--logits-processors",
-        f"{PLUGIN}:AWRS",
-        "--worker-extension-cls",
-        f"{PLUGIN}.Worker",
-    ]
-    command += ["--enable-request-id-headers", "--middleware", "posttrain.rollout.limits.BodyLimit"]
+    command += ["--served-model-name", name, "--dtype", args.dtype, "--max-num-seqs", str(args.max_batch)]
+    command += ["--logits-processors", f"{PLUGIN}:AWRS", "--worker-extension-cls", f"{PLUGIN}.Worker"]
+    command += ["--shutdown-timeout", str(args.drain), "--enable-request-id-headers"]
+    command += ["--middleware", "posttrain.rollout.limits.BodyLimit"]
     if args.max_model_len:
         command += ["--max-model-len", str(args.max_model_len)]
     if adapters:
@@ -85,6 +75,16 @@ def server_command(args: argparse.Namespace, environment: Mapping[str, str]) -> 
     if key:
         found["VLLM_API_KEY"] = key
     return [*command, *args.engine_args], found
+
+
+def _check_options(options: Sequence[str]) -> None:
+    """vLLM takes `_` for `-`, and any beginning of a name that is clear."""
+    for option in options:
+        name = option.partition("=")[0].replace("_", "-")
+        taken = next((ours for ours in OURS if name.startswith("--") and ours.startswith(name)), None)
+        if taken is not None:
+            fix = "use posttrain's own option, or start vLLM's server yourself"
+            raise ConfigError(f"`{name}` is set by posttrain", where="serve", fix=fix)
 
 
 def _key(args: argparse.Namespace, environment: Mapping[str, str]) -> str:
@@ -111,24 +111,23 @@ def _check_address(host: str, key: str, environment: Mapping[str, str]) -> None:
         raise ConfigError("VLLM_SERVER_DEV_MODE opens routes that control the engine", where="--host", fix=fix)
 
 
-def _model(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
-    """Folder or hub id of the model, and adapters by the name they are asked for with."""
-    source = resolve_model(args.model)
+def _model(args: argparse.Namespace) -> tuple[str, str, dict[str, str]]:
+    """Name of the model, its folder or hub id, and adapters by the name they are asked for with."""
+    source, name = resolve_model(args.model), args.name or Path(args.model).name
     adapters: dict[str, str] = {}
     if source.form == "adapter":
-        adapters[args.name or Path(args.model).name] = str(source.local)
-        args.name = "base"
-        source = read_base(source.local)[0]
+        adapters[name] = str(source.local)
+        name, source = "base", read_base(source.local)[0]
     if source.form == "gguf":
         from posttrain.models.load import fetch
 
         source = fetch(source)
     for item in args.lora:
-        name, _, folder = item.partition("=")
-        if not name or not folder or resolve_model(folder).form != "adapter":
+        wanted, _, folder = item.partition("=")
+        if not wanted or not folder or resolve_model(folder).form != "adapter":
             raise ConfigError(f"`{item}`: expected NAME=FOLDER of a LoRA adapter", where="--lora")
-        adapters[name] = folder
-    return str(source.path or source.id), adapters
+        adapters[wanted] = folder
+    return name, str(source.path or source.id), adapters
 
 
 def _rank(adapters: Mapping[str, str]) -> int:

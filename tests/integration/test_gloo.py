@@ -34,15 +34,21 @@ GRPO = {
     "rewards": [{"use": "length"}],
     "optim": {"lr": 1e-3},
 }
-ROWS: dict[str, tuple[Any, str]] = {"sft": (CHATS, "messages"), "grpo": (TASKS, "verifiable"), "nan": (CHATS, "messages")}
+BOUND = {
+    **GRPO,
+    "rollout": {"max_tokens": 6, "constraint": {"regex": "[0-9]( [0-9]){0,2}"}, "weighting": "sequence", "free_share": 0.5},
+}
+VERIFIABLE, MESSAGES = (TASKS, "verifiable"), (CHATS, "messages")
+ROWS: dict[str, tuple[Any, str]] = {"sft": MESSAGES, "grpo": VERIFIABLE, "bound": VERIFIABLE, "nan": MESSAGES}
 
 
 @pytest.fixture(scope="module")
 def two(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder in which two gloo processes ran `sft`, `grpo`, and `nan` (rank 1's loss is NaN at step 4)."""
+    """Folder in which two gloo processes ran `sft`, `grpo`, `bound` (constrained rollouts), and `nan` (rank 1's loss is NaN at step 4)."""
     root = tmp_path_factory.mktemp("two")
     specs = []
-    for name, fields, extra in (("sft", SFT, {}), ("grpo", GRPO, {}), ("nan", SFT, {"poison_rank": 1, "poison_step": 4})):
+    poisoned = {"poison_rank": 1, "poison_step": 4}
+    for name, fields, extra in (("sft", SFT, {}), ("grpo", GRPO, {}), ("bound", BOUND, {}), ("nan", SFT, poisoned)):
         rows, kind = ROWS[name]
         make_folders(root / name, rows)
         specs.append({"root": str(root / name), "fields": fields, "kind": kind, "model": str(tiny_model_dir), **extra})
@@ -87,7 +93,7 @@ def distance(left: Path, right: Path) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-@pytest.mark.parametrize(("name", "fields", "limit"), [("sft", SFT, 1e-6), ("grpo", GRPO, 2e-5)], ids=["sft", "grpo"])
+@pytest.mark.parametrize(("name", "fields", "limit"), [("sft", SFT, 1e-6), ("grpo", GRPO, 2e-5), ("bound", BOUND, 2e-5)])
 def test_two_processes_equal_one(two: Path, tiny_model_dir: Path, tmp_path: Path, name: str, fields: dict[str, Any], limit: float) -> None:
     rows, kind = ROWS[name]
     one = run_stage(tmp_path, rows=rows, kind=kind, model=tiny_model_dir, **fields)

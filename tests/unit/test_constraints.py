@@ -143,6 +143,30 @@ def test_tokens_without_bytes_are_never_text():
     assert checker.tokens == ()
 
 
+def test_masks_of_forks_go_on_by_themselves(tiny_tokenizer):
+    """A mask goes on from the last one of its text; what a fork takes must not reach its origin, nor the other way round."""
+    vocabulary = Vocabulary.of(tiny_tokenizer, frozenset({tiny_tokenizer.eos_token_id}))
+    origin = TokenChecker(built(regex="[a-c]{2}[0-9]|[x-z]+").start(), vocabulary)
+
+    def asked(checker):
+        return [checker.allows(token) for token in range(len(vocabulary))]
+
+    def token(text):
+        return vocabulary.pieces.index(text)
+
+    assert origin.mask().tolist() == asked(origin)
+    forks = [origin.fork(), origin.fork()]
+    forks[0].advance(token(b"a"))
+    forks[1].advance(token(b"x"))
+    again = forks[0].fork()
+    for checker in (forks[1], origin, forks[0], again, forks[0]):
+        assert checker.mask().tolist() == asked(checker)
+    again.advance(token(b"b"))
+    forks[0].advance(token(b"c"))
+    for checker in (again, forks[0], origin, forks[1]):
+        assert checker.mask().tolist() == asked(checker) and any(asked(checker))
+
+
 def test_the_vocabulary_and_the_mask_of_a_real_tokenizer(tiny_tokenizer):
     ends = frozenset({tiny_tokenizer.eos_token_id})
     vocabulary = Vocabulary.of(tiny_tokenizer, ends)

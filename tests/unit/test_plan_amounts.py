@@ -75,6 +75,20 @@ def test_groups_of_completions_are_passes_over_prompts(tiny_model_dir: Path, tmp
     assert (found["rows"], found["epochs"]) == (60, 1.0) and "tokens_seen" not in found
 
 
+def test_hyperfitting_takes_blocks_and_means_its_epochs(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"Line {i} of a text."}) + "\n" for i in range(50)))
+    blocks = {"samples": 8, "sequence_length": 32, "context_tokens": 8, "window": 16, "validation": 4, "contexts": 2}
+    stage = {"name": "h", "method": "hyperfit", "in": {"data": "t"}, **blocks}
+    texts = {"t": {"kind": "text", "path": "./texts.jsonl"}}
+    for extra, epochs in (({}, 20.0), ({"steps": 10, "batch": {"rows": 4}}, 5.0)):
+        folder = tmp_path / str(epochs)
+        folder.mkdir()
+        (folder / "texts.jsonl").write_bytes((tmp_path / "texts.jsonl").read_bytes())
+        found = planned(folder, tiny_model_dir, {**stage, **extra}, sources=texts)["h"]
+        assert (found["rows"], found["unique_tokens"], found["epochs"]) == (50, 256, epochs) and found["tokens_seen"] == 256 * epochs
+        assert len(describe_amounts(found)) == 1, "no warning"
+
+
 def test_what_is_not_there_yet_is_said(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pick = {"name": "pick", "method": "select.random", "in": {"raw": "d"}, "budget": {"rows": 20}}
     chain = [

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from tests.constraint_kit import JSON, SCHEMA, WORDS
+from tests.constraint_kit import JSON, SCHEMA, WORDS, bound_requests, sharpened
 
 torch = pytest.importorskip("torch")
 
@@ -20,7 +20,7 @@ from posttrain.config.constraint import ConstraintConfig, SamplerConfig  # noqa:
 from posttrain.errors import ConfigError  # noqa: E402
 from posttrain.rollout import orders  # noqa: E402
 from posttrain.rollout._build import build_constraint  # noqa: E402
-from posttrain.rollout.base import Request, Sampling, request_seed  # noqa: E402
+from posttrain.rollout.base import Request, Sampling  # noqa: E402
 from posttrain.rollout.constraints import Vocabulary, predicate  # noqa: E402
 from posttrain.rollout.hf import HFEngine  # noqa: E402
 
@@ -29,13 +29,7 @@ PROMPT = "The quick"
 
 @pytest.fixture(scope="module")
 def model(tiny_model_dir):
-    """The tiny model, a little sharpened."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(1.3)
-    return model
+    return sharpened(tiny_model_dir)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +37,8 @@ def vocabulary(tiny_tokenizer, model):
     return Vocabulary.of(tiny_tokenizer, HFEngine(model, tiny_tokenizer).eos_ids)
 
 
-def requests(tokenizer, count, constraint, prompts=(PROMPT,), temperature=1.0, max_tokens=40, **sampler):
-    found, settings = build_constraint(ConstraintConfig(**constraint)), SamplerConfig(**sampler)
-    return [
-        Request(tokenizer.encode(prompt), request_seed(3, prompt, k), Sampling(max_tokens, temperature), f"{prompt}/{k}", found, settings)
-        for prompt in prompts
-        for k in range(count)
-    ]
+def requests(tokenizer, count, constraint, prompts=(PROMPT,), **settings):
+    return bound_requests(tokenizer, prompts, count, constraint, **settings)
 
 
 @pytest.fixture(scope="module")

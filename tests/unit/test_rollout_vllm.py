@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 
@@ -9,14 +10,12 @@ import jsonschema
 import numpy as np
 import pytest
 
-from tests.constraint_kit import JSON, SCHEMA, WORDS
+from tests.constraint_kit import JSON, SCHEMA, WORDS, bound_requests, sharpened
 
 torch = pytest.importorskip("torch")
 
-from posttrain.config.constraint import ConstraintConfig, SamplerConfig  # noqa: E402
 from posttrain.config.engine import VllmConfig  # noqa: E402
 from posttrain.errors import ConfigError, RolloutError  # noqa: E402
-from posttrain.rollout._build import build_constraint  # noqa: E402
 from posttrain.rollout.base import Request, RolloutEngine, Sampling, request_seed  # noqa: E402
 from posttrain.rollout.constraints import predicate  # noqa: E402
 from posttrain.rollout.hf import HFEngine  # noqa: E402
@@ -29,18 +28,13 @@ PROMPTS = ("The quick brown", "What is 12 + 34?", "def add(left")
 
 @pytest.fixture(scope="module")
 def model(tiny_model_dir):
-    """The tiny model, a little sharpened."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(1.3)
-    return model
+    return sharpened(tiny_model_dir)
 
 
 @pytest.fixture(scope="module")
 def engine(model, tiny_tokenizer):
-    pytest.importorskip("llvmlite.binding.ffi", reason="a loaded module that vLLM's start stumbles over")
+    with contextlib.suppress(ImportError):
+        import llvmlite.binding.ffi  # noqa: F401  vLLM stumbles over it while it starts, where nothing hides it
     from posttrain.rollout.vllm import VLLMEngine
 
     made = VLLMEngine.of_model(model, tiny_tokenizer, VllmConfig(segment=16), max_batch=24)
@@ -64,13 +58,8 @@ def free(tokenizer, sampling, count=1):
     return [Request(tokenizer.encode(p), request_seed(1, p, k), sampling, f"{p}/{k}") for p in PROMPTS for k in range(count)]
 
 
-def constrained(tokenizer, count, constraint, temperature=1.0, max_tokens=40, **sampler):
-    found, settings = build_constraint(ConstraintConfig(**constraint)), SamplerConfig(**sampler)
-    return [
-        Request(tokenizer.encode(p), request_seed(3, p, k), Sampling(max_tokens, temperature), f"{p}/{k}", found, settings)
-        for p in PROMPTS
-        for k in range(count)
-    ]
+def constrained(tokenizer, count, constraint, *settings, **sampler):
+    return bound_requests(tokenizer, PROMPTS, count, constraint, *settings, **sampler)
 
 
 def test_it_is_an_engine(engine):

@@ -46,7 +46,19 @@ def test_elsewhere_only_with_a_key(tiny_model_dir: Path, tmp_path: Path, host: s
         command(str(tiny_model_dir), "--api-key-file", str(tmp_path / "key"))
 
 
-@pytest.mark.parametrize("option", ["--api-key", "--host=0.0.0.0", "--logits-processors", "--speculative-config={}", "--lora-modules=x"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--api-key",
+        "--host=0.0.0.0",
+        "--logits-processors",
+        "--speculative-config={}",
+        "--lora-modules=x",
+        "--api_key",
+        "--hos",
+        "--config=x",
+    ],
+)
 def test_what_is_ours_cannot_be_overridden(tiny_model_dir: Path, option: str) -> None:
     with pytest.raises(ConfigError, match="is set by posttrain"):
         command(str(tiny_model_dir), "--", option, "x")
