@@ -140,6 +140,7 @@ class GRPOTrainer(Measured, WithTerms, WithConstraint, WithFast, Reliable, trl.G
         requests = self.constrain(self._requests(prompts))
         done = self.engine.generate(requests)
         self._metrics["train" if model.training else "eval"]["rollout/version"].append(float(done[0].version))
+        # TRL needs a token in every completion; one that ended before its first carries no loss (`weigh`).
         return {
             "prompt_ids": [list(c.prompt_ids) for c in done],
             "completion_ids": [list(c.token_ids) or [self._tokenizer.eos_token_id] for c in done],
