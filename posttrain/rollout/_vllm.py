@@ -40,6 +40,17 @@ def odd_modules_hidden() -> Iterator[None]:
         sys.modules.update(odd)
 
 
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Gives `torch.set_num_threads` back, which vLLM's CPU build replaces in the whole process by a function that does nothing."""
+    ours, before = torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = ours
+        torch.set_num_threads(before)
+
+
 def _is_odd(value: Any) -> bool:
     try:
         return hasattr(value, "__dict__") and not hasattr(vars(value), "get")

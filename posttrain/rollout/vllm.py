@@ -26,7 +26,7 @@ from posttrain.config.engine import VllmConfig
 from posttrain.core.environment import VLLM_VARIABLES
 from posttrain.errors import ConfigError, RolloutError
 from posttrain.models.rng import preserved_rng
-from posttrain.rollout._vllm import Declared, last_line, named_weights, odd_modules_hidden, save_weights, unavailable
+from posttrain.rollout._vllm import Declared, last_line, named_weights, odd_modules_hidden, save_weights, threads_kept, unavailable
 from posttrain.rollout.base import Completion, Progress, Request, Sampling
 from posttrain.rollout.constraints import Constraint, Vocabulary
 from posttrain.rollout.group import Group, Particle
@@ -115,7 +115,7 @@ class VLLMEngine:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(self.options.cpu_cache_gib)
         import vllm  # noqa: F401
 
-        with preserved_rng(), odd_modules_hidden():
+        with preserved_rng(), odd_modules_hidden(), threads_kept():
             return self._made(folder, trust_remote_code, seed)
 
     def _made(self, folder: Path, trust_remote_code: bool, seed: int) -> Any:

@@ -66,6 +66,15 @@ def test_it_is_an_engine(engine):
     assert isinstance(engine, RolloutEngine) and engine.dtype == torch.float32 and engine.max_model_len == 512
 
 
+def test_the_process_keeps_its_threads(engine):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("sampling", [
     Sampling(12), Sampling(12, 0.6), Sampling(12, 1.4), Sampling(12, 0.8, 0.7), Sampling(12, 1.2, 1.0, 5),
 ], ids=str)  # fmt: skip
