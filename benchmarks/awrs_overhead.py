@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import numpy as np
 import torch
 from _harness import Cells, arguments, compare, finish, speed
 from _records import PROMPT, SCHEMA, records_model
@@ -35,38 +36,49 @@ from posttrain.config.constraint import ConstraintConfig, SamplerConfig
 from posttrain.rollout._build import build_constraint
 from posttrain.rollout.base import Request, Sampling
 from posttrain.rollout.hf import HFEngine
-from posttrain.rollout.particles import Particles
+from posttrain.rollout.particles import GroupRows
 
 LONGEST = 48
 PAIRS = 20
 
 
-class MaskLoop(Particles):
-    """The engine's loop with a mask library instead of our sampler: no weights, no point queries."""
+class MaskLoop:
+    """Draws for the engine's loop with a mask library instead of our sampler: no weights, no point queries.
 
-    library = "llguidance"
-    matchers: Callable[[], Any]
+    Args:
+        library: `llguidance` or `xgrammar`.
+        matchers: makes a matcher.
+        ends: end tokens.
+    """
 
-    def take(self, step: int, logits: torch.Tensor) -> int:
-        """Masks all rows that go on, samples them, and moves their matchers."""
-        if step == 0:
-            self._matchers = {(i, 0): self.matchers() for i in range(len(self.groups))}
-            self._generator = torch.Generator().manual_seed(0)
-        live = [(row, i, j) for row, (i, j) in enumerate(self._rows) if not self.groups[i].particles[j].reason]
-        chosen = logits if len(live) == len(self._rows) else logits[[row for row, _, _ in live]]
-        self._mask(chosen, [self._matchers[i, j] for _, i, j in live])
+    def __init__(self, library: str, matchers: Callable[[], Any], ends: frozenset[int]) -> None:
+        self.library, self.matchers, self.ends = library, matchers, ends
+        self.begin()
+
+    def begin(self) -> None:
+        """Before other requests are drawn."""
+        self._matchers: dict[int, Any] = {}
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, logits: torch.Tensor, rows: Sequence[tuple[int, GroupRows, int]]) -> int:
+        """Masks all rows that go on, samples them, and moves their matchers; in place of `draw_particles`."""
+        live = [(row, unit) for row, unit, j in rows if unit.goes_on(j)]
+        matchers = [self._matchers.get(unit.handle) or self.matchers() for _, unit in live]
+        self._matchers = {unit.handle: matcher for (_, unit), matcher in zip(live, matchers, strict=True)}
+        chosen = logits if len(live) == len(logits) else logits[[row for row, _ in live]]
+        self._mask(chosen, matchers)
         drawn = torch.multinomial(torch.softmax(chosen, -1), 1, generator=self._generator).squeeze(1).tolist()
-        for (_, i, j), token in zip(live, drawn, strict=True):
-            particle = self.groups[i].particles[j]
+        for (_, unit), matcher, token in zip(live, matchers, drawn, strict=True):
+            particle = unit.particles[0]
             particle.tokens.append(token)
             particle.logprobs.append(0.0)
-            if token in self.vocabulary.ends:
+            if token in self.ends:
                 particle.reason = "stop"
-            elif step + 1 == self.groups[i].request.sampling.max_tokens:
+            elif unit.step + 1 == unit.request.sampling.max_tokens:
                 particle.reason = "length"
             else:
-                self._advance(self._matchers[i, j], token)
-        self._origin = [[0] for _ in self.groups]
+                self._advance(matcher, token)
+            unit.settle(np.zeros(1))
         return len(live)
 
     def _mask(self, logits: torch.Tensor, matchers: Sequence[Any]) -> None:
@@ -90,8 +102,8 @@ class MaskLoop(Particles):
         assert taken, "a masked token was refused"
 
 
-def mask_loop(library: str, tokenizer: Any) -> type[Particles]:
-    """MaskLoop with a matcher of the library for each row."""
+def mask_loop(library: str, tokenizer: Any, ends: frozenset[int]) -> MaskLoop:
+    """MaskLoop with matchers of the library."""
     if library == "xgrammar":
         import xgrammar
 
@@ -104,7 +116,7 @@ def mask_loop(library: str, tokenizer: Any) -> type[Particles]:
 
         matcher = llguidance.LLMatcher(from_tokenizer(tokenizer), llguidance.LLMatcher.grammar_from_json_schema(json.dumps(SCHEMA)))
         matchers = matcher.deep_copy
-    return type(f"{library}Loop", (MaskLoop,), {"library": library, "matchers": staticmethod(matchers)})
+    return MaskLoop(library, matchers, ends)
 
 
 def requests(tokenizer: Any, count: int, **sampler: Any) -> list[Request]:
@@ -127,7 +139,7 @@ def versus(peer: Callable[[], int], ours: Callable[[], int], pairs: int) -> dict
 
 def hf(peer: str, ours: str, quick: bool) -> dict[str, Any]:
     """Ours beside a peer in the transformers engine."""
-    import posttrain.rollout.particles as module
+    import posttrain.rollout.running as module
 
     model, tokenizer = records_model(quick)
     engine, count = HFEngine(model, tokenizer, max_batch=32), 32 if quick else 96
@@ -138,13 +150,15 @@ def hf(peer: str, ours: str, quick: bool) -> dict[str, Any]:
     def peer_arm() -> int:
         if peer == "free":
             return sum(len(c.token_ids) for c in engine.generate(requests(tokenizer, count)))
-        given, module.Particles = module.Particles, loop
+        assert loop is not None
+        loop.begin()
+        given, module.draw_particles = module.draw_particles, loop
         try:
             return sum(len(c.token_ids) for c in engine.generate(requests(tokenizer, count, method="local")))
         finally:
-            module.Particles = given
+            module.draw_particles = given
 
-    loop = None if peer == "free" else mask_loop(peer, tokenizer)
+    loop = None if peer == "free" else mask_loop(peer, tokenizer, engine.eos_ids)
     return versus(peer_arm, ours_arm, 2 if quick else PAIRS)
 
 

@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, RolloutError
 from posttrain.rollout.awrs import noise
 from posttrain.rollout.base import Completion, Request
-from posttrain.rollout.constraints import TokenChecker, Vocabulary
+from posttrain.rollout.constraints import Constraint, TokenChecker, Vocabulary
 from posttrain.rollout.smc import Population, effective_size, normalised
 from posttrain.rollout.stopping import StopRule
 
@@ -65,9 +65,13 @@ class Particle:
 
     def complete(self) -> bool:
         """The constraint accepts the text as a whole."""
-        if self.reason == "length":
-            return self.whole if self.checker is None else self.checker.state.complete()
-        return self.reason == "stop"
+        if self.reason != "length" or self.checker is None:
+            return self.whole if self.reason == "length" else self.reason == "stop"
+        try:
+            return self.checker.state.complete()
+        except RolloutError as error:
+            self.error = error.message
+            return False
 
 
 class Group:
@@ -90,10 +94,23 @@ class Group:
         if vocabulary is None:
             self.particles = [Particle(seed) for seed in seeds]
         else:
-            state = request.constraint.start()
-            self.particles = [Particle(seed, TokenChecker(state.fork(), vocabulary)) for seed in seeds]
+            self.particles = self._started(request.constraint, seeds, vocabulary)
         self.population = Population(sampler.particles, sampler.ess_threshold, sampler.resampling)
         self.calls = self.drawn = self.first = self.masked = 0
+        if not self.open:
+            self.population.add(np.full(sampler.particles, -math.inf))
+
+    @staticmethod
+    def _started(constraint: Constraint, seeds: Sequence[int], vocabulary: Vocabulary) -> list[Particle]:
+        """Particles at the beginning; ended ones where the checker raises there already."""
+        try:
+            state = constraint.start()
+            return [Particle(seed, TokenChecker(state.fork(), vocabulary)) for seed in seeds]
+        except RolloutError as error:
+            found = [Particle(seed) for seed in seeds]
+            for particle in found:
+                particle.reason, particle.error = "checker_error", error.message
+            return found
 
     @property
     def open(self) -> bool:

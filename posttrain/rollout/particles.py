@@ -1,4 +1,4 @@
-"""Constrained requests of a batch of the transformers engine: the tokens their particles draw, and resampling.
+"""Constrained requests in a batch of the transformers engine: the tokens their particles draw, and resampling.
 
 A request with N particles is N rows of the model's batch, which share the prompt's cache. Each step draws one token a row by
 the request's sampler, multiplies the row's weight, and resamples where the request's effective sample size asks for it. What is
@@ -9,77 +9,67 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from posttrain.errors import RolloutError
 from posttrain.rollout.awrs import Order
-from posttrain.rollout.base import Completion, Request
+from posttrain.rollout.base import Request
 from posttrain.rollout.constraints import Vocabulary
 from posttrain.rollout.group import Group, Particle
 from posttrain.rollout.orders import RowNoise, draw_token, row_orders
 
 
-class Particles:
-    """The rows of a batch of constrained requests.
+class GroupRows:
+    """The particles of one request as rows of a batch.
 
     Args:
-        requests: all with a constraint.
-        tokenizer: decodes.
+        handle: of the request in its batch.
+        request: with a constraint.
         vocabulary: of the tokenizer.
 
     Attributes:
-        owners: number of the request of each row, in the beginning.
-        longest: steps at most.
+        group: particles and their weights.
+        step: tokens drawn.
+        origin: particle that each one went on from at the last step.
+        dropped: nobody waits for it any more.
 
     Raises:
-        ConfigError: a request asks for what cannot be combined with a constraint.
+        ConfigError: the request asks for what cannot be combined with a constraint.
     """
 
-    def __init__(self, requests: Sequence[Request], tokenizer: Any, vocabulary: Vocabulary) -> None:
-        self.tokenizer, self.vocabulary = tokenizer, vocabulary
-        self.groups = [Group(request, vocabulary) for request in requests]
-        self.owners = [i for i, group in enumerate(self.groups) for _ in group.particles]
-        self.longest = max(request.sampling.max_tokens for request in requests)
-        self._rows: list[tuple[int, int]] = [(i, j) for i, group in enumerate(self.groups) for j in range(len(group.particles))]
+    def __init__(self, handle: int, request: Request, vocabulary: Vocabulary) -> None:
+        self.handle, self.request, self.ends = handle, request, vocabulary.ends
+        self.group = Group(request, vocabulary)
+        self.step, self.dropped = 0, False
+        self.origin = list(range(len(self.group.particles)))
 
     @property
-    def done(self) -> int:
-        """Requests that have ended."""
-        return sum(not group.open for group in self.groups)
+    def particles(self) -> list[Particle]:
+        """As they stand."""
+        return self.group.particles
 
-    def take(self, step: int, logits: torch.Tensor) -> int:
-        """Draws one token for every row that goes on, and resamples; returns how many were drawn.
+    def wanted(self) -> list[int]:
+        """Numbers of the particles that go on."""
+        return [] if self.dropped else [j for j, particle in enumerate(self.particles) if not particle.reason]
 
-        Args:
-            step: number of the token.
-            logits: (rows, V).
+    def goes_on(self, j: int) -> bool:
+        """Whether particle j needs another token."""
+        return not self.dropped and not self.particles[j].reason
 
-        Raises:
-            NumericsError: logits that are not finite numbers.
-        """
-        live = [(row, i, j) for row, (i, j) in enumerate(self._rows) if not self.groups[i].particles[j].reason]
-        rows = [RowNoise(self.groups[i].particles[j].seed, step, self.groups[i].request.sampling.temperature) for _, i, j in live]
-        gains = [np.zeros(len(group.particles)) for group in self.groups]
-        places = [row for row, _, _ in live] if len(live) < len(self._rows) else None
-        for (_, i, j), order in zip(live, row_orders(logits, rows, places), strict=True):
-            gains[i][j] = self._draw(self.groups[i], self.groups[i].particles[j], order, step)
-        self._origin = [list(range(len(group.particles))) for group in self.groups]
-        for i, group in enumerate(self.groups):
-            back = group.add(gains[i], step)
-            if back is not None:
-                self._origin[i] = back
-        return len(live)
+    def moved(self) -> bool:
+        """Whether some particle goes on from another one's row."""
+        return any(self.origin[j] != j for j in self.wanted())
 
-    def _draw(self, group: Group, particle: Particle, order: Order, step: int) -> float:
-        """Draws, records, and returns log w."""
+    def draw(self, j: int, order: Order) -> float:
+        """Draws and records a token of particle j, and returns log w."""
+        particle = self.particles[j]
         checker = particle.checker
         assert checker is not None
         try:
-            found = draw_token(order, checker, group.request.sampler)
-            group.count(1, found.calls, found.first, found.masked)
+            found = draw_token(order, checker, self.request.sampler)
+            self.group.count(1, found.calls, found.first, found.masked)
             if found.token is None:
                 particle.reason = "dead_end"
                 return -math.inf
@@ -88,33 +78,39 @@ class Particles:
             particle.reason, particle.error = "checker_error", error.message
             return -math.inf
         particle.tokens.append(found.token)
-        particle.logprobs.append(found.logprob if group.request.sampling.temperature else 0.0)
-        if found.token in self.vocabulary.ends:
+        particle.logprobs.append(found.logprob if self.request.sampling.temperature else 0.0)
+        if found.token in self.ends:
             particle.reason = "stop"
-        elif step + 1 == group.request.sampling.max_tokens:
+        elif self.step + 1 == self.request.sampling.max_tokens:
             particle.reason = "length"
         return found.log_weight
 
-    def next_rows(self) -> np.ndarray | None:
-        """Which present row each row of the next step goes on from; None where all have ended.
+    def settle(self, gains: np.ndarray) -> None:
+        """Ends a step: weights, and resampling."""
+        back = self.group.add(gains, self.step)
+        self.origin = list(range(len(self.particles))) if back is None else back
+        self.step += 1
 
-        Rows that have ended are kept until they are an eighth of the batch, since leaving costs a copy of the cache.
-        """
-        place = {owner: row for row, owner in enumerate(self._rows)}
-        wanted = [(i, j) for i, group in enumerate(self.groups) for j, particle in enumerate(group.particles) if not particle.reason]
-        if not wanted:
-            return None
-        moved = any(self._origin[i][j] != j for i, j in wanted) or any(owner not in place for owner in wanted)
-        if not moved and len(self._rows) - len(wanted) < max(1, len(self._rows) // 8):
-            return np.arange(len(self._rows))
-        rows = [place[(i, self._origin[i][j])] for i, j in wanted]
-        self._rows = wanted
-        return np.array(rows)
 
-    def last_tokens(self) -> np.ndarray:
-        """Token of each row to feed."""
-        return np.array([(self.groups[i].particles[j].tokens or [0])[-1] for i, j in self._rows], np.int64)
+def draw_particles(logits: torch.Tensor, rows: Sequence[tuple[int, GroupRows, int]]) -> int:
+    """Draws one token for every particle that goes on, and resamples; returns how many were drawn.
 
-    def completions(self, version: int) -> list[Completion]:
-        """One completion a request."""
-        return [group.completion(self.tokenizer, self.vocabulary.ends, version) for group in self.groups]
+    Args:
+        logits: (B, V) of the whole batch.
+        rows: (row, request, particle) of all constrained rows.
+
+    Raises:
+        NumericsError: logits that are not finite numbers.
+    """
+    live = [(row, unit, j) for row, unit, j in rows if unit.goes_on(j)]
+    if not live:
+        return 0
+    wanted = [RowNoise(unit.particles[j].seed, unit.step, unit.request.sampling.temperature) for _, unit, j in live]
+    places = [row for row, _, _ in live]
+    gains = {id(unit): (unit, np.zeros(len(unit.particles))) for _, unit, _ in live}
+    orders = row_orders(logits, wanted, None if places == list(range(len(logits))) else places)
+    for (_, unit, j), order in zip(live, orders, strict=True):
+        gains[id(unit)][1][j] = unit.draw(j, order)
+    for unit, gain in gains.values():
+        unit.settle(gain)
+    return len(live)
