@@ -43,7 +43,7 @@ VERBS = {
         "single", "quantize a model: METHOD and model", "posttrain quantize rtn model=./model bits=4 group_size=32 out=model-int4"
     ),
     "export": Verb("single", "write a model as a plain folder", "posttrain export model=./model out=exported"),
-    "serve": Verb("serve", "serve a model: vLLM's OpenAI-compatible server with our constraint sampler", "posttrain serve ./model"),
+    "serve": Verb("serve", "serve a model over OpenAI's HTTP interface with our constraint sampler", "posttrain serve ./model"),
     "report": Verb("look", "write a run's report.html", "posttrain report quickstart"),
     "ls": Verb("look", "list runs, or the stages of one", "posttrain ls quickstart"),
     "show": Verb("look", "show one stage: lineage, files, figures", "posttrain show quickstart sft"),
@@ -117,6 +117,7 @@ def _look(parser: argparse.ArgumentParser, verb: str) -> None:
 def _serve(parser: argparse.ArgumentParser, _verb: str) -> None:
     parser.add_argument("model", help="folder, artifact, adapter, GGUF file or hub id")
     parser.epilog = f"what stands after `--` is handed to vLLM's server as it is\n{parser.epilog}"
+    parser.add_argument("--engine", choices=["vllm", "hf"], default="vllm", help="vLLM's server, or ours on transformers (default: vllm)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; any but the loopback needs a key (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
     parser.add_argument("--name", help="name that requests ask for (default: the folder's)")
@@ -126,6 +127,7 @@ def _serve(parser: argparse.ArgumentParser, _verb: str) -> None:
     parser.add_argument("--max-batch", type=int, default=64, help="most sequences at once (default: 64)")
     parser.add_argument("--max-model-len", type=int, help="longest prompt and completion together, in tokens")
     parser.add_argument("--max-body", type=int, default=4 * 2**20, metavar="BYTES", help="largest request (default: 4 MiB)")
+    parser.add_argument("--max-waiting", type=int, default=256, help="requests that may wait with --engine hf; more get 429 (default: 256)")
     parser.add_argument("--drain", type=int, default=30, metavar="SECONDS", help="time for running requests after SIGTERM (default: 30)")
     parser.add_argument("--trust-remote-code", action="store_true", help="let a model repository run its own code")
 

@@ -14,14 +14,15 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class BodyLimit:
-    """Answers 413 to a body of more than `$POSTTRAIN_MAX_BODY` bytes, before it is read where its length is declared.
+    """Answers 413 to a body that is too large, before it is read where its length is declared.
 
     Args:
         app: the ASGI application behind it.
+        limit: in bytes; without one, `$POSTTRAIN_MAX_BODY`.
     """
 
-    def __init__(self, app: App) -> None:
-        self.app, self.limit = app, int(os.environ.get("POSTTRAIN_MAX_BODY", str(4 * 2**20)))
+    def __init__(self, app: App, limit: int | None = None) -> None:
+        self.app, self.limit = app, int(os.environ.get("POSTTRAIN_MAX_BODY", str(4 * 2**20))) if limit is None else limit
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Passes on what is small enough."""

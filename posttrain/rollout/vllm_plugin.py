@@ -18,7 +18,6 @@ numbers. Imported by vLLM only.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 import os
@@ -35,12 +34,10 @@ from pydantic import Field, ValidationError, model_validator
 from vllm.v1.sample.logits_processor import LogitsProcessor as FirstInterface
 from vllm.v1.sample.logits_processor import MoveDirectionality
 
-from posttrain.config.base import Strict
-from posttrain.config.constraint import ConstraintConfig, SamplerConfig
 from posttrain.core.registry import scan_package
 from posttrain.errors import PosttrainError, RolloutError
-from posttrain.rollout._build import build_constraint
 from posttrain.rollout._vllm import Declared
+from posttrain.rollout.asked import Asked, built
 from posttrain.rollout.awrs import Draw, Order
 from posttrain.rollout.constraints import Constraint, TokenChecker, Vocabulary
 from posttrain.rollout.orders import RowNoise, draw_token, row_orders
@@ -74,13 +71,9 @@ class Shared:
     constraints: dict[str, Constraint] = {}
 
 
-class Spec(Strict):
-    """`extra_args["awrs"]` of a request."""
+class Spec(Asked):
+    """`extra_args["awrs"]` of a request; its sampler has one particle, since several are made of several requests."""
 
-    constraint: ConstraintConfig | None = None
-    """What the completion must satisfy."""
-    sampler: SamplerConfig = SamplerConfig()
-    """How it is drawn; with one particle, since several are made of several requests."""
     temperature: Annotated[float, Field(ge=0)] | None = None
     """Of the distribution; None is the request's own."""
     seed: Annotated[int, Field(ge=0)] | None = None
@@ -96,8 +89,6 @@ class Spec(Strict):
     def _usable(self) -> Spec:
         if self.constraint is None and self.key not in Shared.constraints:
             raise ValueError("`constraint` is missing")
-        if self.constraint is not None and self.constraint.files():
-            raise ValueError(f"{self.constraint.files()[0]}: a request may not name a file of the server; give the content itself")
         if self.sampler.particles > 1:
             raise ValueError("several particles need posttrain's own engine; send 1, or n requests")
         return self
@@ -107,7 +98,7 @@ class Spec(Strict):
         if self.key in Shared.constraints:
             return Shared.constraints[self.key]
         assert self.constraint is not None
-        return _built(self.constraint.model_dump_json(exclude_none=True))
+        return built(self.constraint)
 
 
 class Row:
@@ -205,11 +196,6 @@ class Row:
 
 STORE: OrderedDict[tuple[str, int], Row] = OrderedDict()
 """Rows by (uid, seed): those of running requests, and those not yet fetched."""
-
-
-@functools.lru_cache(maxsize=256)
-def _built(text: str) -> Constraint:
-    return build_constraint(ConstraintConfig.model_validate_json(text), "vllm_xargs.awrs.constraint")
 
 
 def parsed(params: Any) -> Spec | None:

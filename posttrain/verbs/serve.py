@@ -1,6 +1,6 @@
-"""`posttrain serve MODEL`: vLLM's OpenAI-compatible server with our constraint sampler.
+"""`posttrain serve MODEL`: an OpenAI-compatible server with our constraint sampler, on vLLM or (`--engine hf`) on transformers.
 
-The server is vLLM's own (completions, chat, streaming, logprobs, LoRA, /health, /metrics, /v1/models), started in this process's
+The server on vLLM is vLLM's own (completions, chat, streaming, logprobs, LoRA, /health, /metrics, /v1/models), started in this process's
 place with our logits processor, so that a request may carry
 
     {"vllm_xargs": {"awrs": "{\\"constraint\\": {\\"json_schema\\": {...}}, \\"sampler\\": {\\"method\\": \\"awrs\\"}}"}}
@@ -12,6 +12,7 @@ otherwise, and elsewhere only with a key, which is read from the environment or 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import ipaddress
 import os
 import sys
@@ -36,7 +37,9 @@ OURS = (
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Starts the server in this process's place; returns only by an error."""
+    """Serves until it is told to stop; vLLM's server takes this process's place."""
+    if args.engine == "hf":
+        return _serve_hf(args, os.environ)
     from posttrain.rollout._vllm import unavailable
 
     problem = unavailable()
@@ -75,6 +78,22 @@ def server_command(args: argparse.Namespace, environment: Mapping[str, str]) -> 
     if key:
         found["VLLM_API_KEY"] = key
     return [*command, *args.engine_args], found
+
+
+def _serve_hf(args: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} is not installed", where="serve --engine hf", fix="pip install 'posttrain[serve]'")
+    key = _key(args, environment)
+    _check_address(args.host, key, environment)
+    if args.lora:
+        raise ConfigError("the transformers engine serves one model", where="--lora", fix="give the adapter's folder as MODEL")
+    if args.engine_args:
+        raise ConfigError("options after `--` are vLLM's", where="serve --engine hf")
+    from posttrain.rollout.server.run import run
+
+    run(args, key)
+    return 0
 
 
 def _check_options(options: Sequence[str]) -> None:

@@ -1,0 +1,1 @@
+"""The transformers engine behind the HTTP surface of OpenAI: `posttrain serve --engine hf`."""
