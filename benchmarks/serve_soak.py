@@ -1,11 +1,12 @@
-"""Five minutes of mixed load on `posttrain serve`: does every answer hold, does memory grow, does the server live?
+"""Five minutes of mixed load on `posttrain serve`, on vLLM and on transformers: does every answer hold, does memory grow, does it live?
 
-    python benchmarks/serve_soak.py            # about six minutes, on both cores
+    python benchmarks/serve_soak.py            # about six minutes an engine, on both cores
     python benchmarks/serve_soak.py --quick
 
 Sixteen clients in threads: constrained completions (each answer is checked by jsonschema), free ones, streams that are left after
-the first token, and bad constraints, which must be answered 400. The model is that of `_records.py`. `peer` is the memory of the
-server's processes after a minute (`--quick`: a few seconds), `ours` at the end; `ratio` is 1 where nothing grows.
+the first token, and bad constraints, which must be answered 400; on transformers also four particles a request. The model is that
+of `_records.py`. `peer` is the memory of the server's processes after a minute (`--quick`: a few seconds), `ours` at the end;
+`ratio` is 1 where nothing grows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import httpx
 import jsonschema
-from _harness import arguments, finish
+from _harness import Cells, arguments, finish
 from _records import PROMPT, SCHEMA, records_model
 
 CLIENTS = 16
@@ -61,10 +62,11 @@ class Load:
 
     Args:
         url: of the server.
+        engine: behind it.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url, self.stop = url, threading.Event()
+    def __init__(self, url: str, engine: str) -> None:
+        self.url, self.engine, self.stop = url, engine, threading.Event()
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.seconds: list[float] = []
@@ -75,7 +77,7 @@ class Load:
         rng = random.Random(number)
         with httpx.Client(base_url=self.url, timeout=120) as http:
             while not self.stop.is_set():
-                kind = rng.choice(KINDS)
+                kind = rng.choice(KINDS if self.engine == "vllm" else (*KINDS, "particles"))
                 start = time.perf_counter()
                 try:
                     problem = getattr(self, f"_{kind}")(http, rng)
@@ -96,8 +98,8 @@ class Load:
     def _xargs(self, spec: dict[str, Any]) -> dict[str, Any]:
         return {"vllm_xargs": {"awrs": json.dumps(spec)}}
 
-    def _constrained(self, http: httpx.Client, rng: random.Random, method: str = "awrs") -> str:
-        found = self._ask(http, rng, **self._xargs({"constraint": {"json_schema": SCHEMA}, "sampler": {"method": method}}))
+    def _constrained(self, http: httpx.Client, rng: random.Random, **sampler: Any) -> str:
+        found = self._ask(http, rng, **self._xargs({"constraint": {"json_schema": SCHEMA}, "sampler": sampler}))
         if found.status_code != 200:
             return f"{found.status_code} {found.text}"
         choice = found.json()["choices"][0]
@@ -106,14 +108,17 @@ class Load:
         return ""
 
     def _local(self, http: httpx.Client, rng: random.Random) -> str:
-        return self._constrained(http, rng, "local")
+        return self._constrained(http, rng, method="local")
+
+    def _particles(self, http: httpx.Client, rng: random.Random) -> str:
+        return self._constrained(http, rng, particles=4)
 
     def _free(self, http: httpx.Client, rng: random.Random) -> str:
         found = self._ask(http, rng, n=2)
         return "" if found.status_code == 200 else f"{found.status_code} {found.text}"
 
     def _left(self, http: httpx.Client, rng: random.Random) -> str:
-        body = {"model": "records", "prompt": PROMPT, "max_tokens": 200, "stream": True, "ignore_eos": True}
+        body = {"model": "records", "prompt": PROMPT, "max_tokens": 200, "stream": True}
         with http.stream("POST", "/v1/completions", json=body) as found:
             next(found.iter_lines())
             return "" if found.status_code == 200 else str(found.status_code)
@@ -124,51 +129,57 @@ class Load:
         return "" if found.status_code == 400 else f"{found.status_code} instead of 400"
 
 
-def main() -> None:
-    """Starts the server, loads it, stops it."""
-    args = arguments(__doc__ or "")
-    from posttrain.models.save import save_model
-
-    length, settled = (15, 4) if args.quick else (300, 60)
-    model, tokenizer = records_model(args.quick)
-    with tempfile.TemporaryDirectory() as scratch:
-        save_model(model, tokenizer, Path(scratch) / "records")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "posttrain", "serve", str(Path(scratch) / "records"), "--port", str(port), "--dtype", "float32"]
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-        server = subprocess.Popen([*command, "--max-batch", "32", "--", "--enforce-eager"], stdout=subprocess.DEVNULL, env=environment)
-        url = f"http://127.0.0.1:{port}"
-        while True:
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.HTTPError:
-                if server.poll() is not None:
-                    raise SystemExit("the server did not start") from None
-                time.sleep(0.5)
-        load = Load(url)
-        threads = [threading.Thread(target=load.client, args=(i,)) for i in range(CLIENTS)]
-        for thread in threads:
-            thread.start()
-        time.sleep(settled)
-        first = memory(server.pid)
-        time.sleep(length - settled)
-        last, alive = memory(server.pid), httpx.get(f"{url}/health").status_code == 200
-        load.stop.set()
-        for thread in threads:
-            thread.join()
-        server.terminate()
-        code = server.wait(120)
-    ordered = sorted(load.seconds)
-    record = {
+def soak(engine: str, folder: Path, length: int, settled: int) -> dict[str, Any]:
+    """Starts a server, loads it, stops it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "posttrain", "serve", str(folder), "--engine", engine, "--port", str(port), "--dtype", "float32"]
+    command += ["--max-batch", "32", *(["--", "--enforce-eager"] if engine == "vllm" else [])]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"})
+    url = f"http://127.0.0.1:{port}"
+    while True:
+        try:
+            if httpx.get(f"{url}/health").status_code == 200:
+                break
+        except httpx.HTTPError:
+            if server.poll() is not None:
+                raise SystemExit("the server did not start") from None
+            time.sleep(0.5)
+    load = Load(url, engine)
+    threads = [threading.Thread(target=load.client, args=(i,)) for i in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    time.sleep(settled)
+    first = memory(server.pid)
+    time.sleep(length - settled)
+    last, alive = memory(server.pid), httpx.get(f"{url}/health").status_code == 200
+    load.stop.set()
+    for thread in threads:
+        thread.join()
+    server.terminate()
+    code, ordered = server.wait(120), sorted(load.seconds)
+    print(f"{engine}: {sum(load.counts.values())} requests, {len(load.wrong)} wrong; {first:.0f} -> {last:.0f} MiB; exit {code}")
+    return {
         "ours": last, "peer": first, "ratio": first / last, "ci95": None, "control": None, "unit": "MiB resident", "seconds": length,
         "requests": dict(load.counts), "wrong": len(load.wrong), "examples": load.wrong[:5], "alive": alive, "exit_code": code,
         "constrained_s": {"p50": ordered[len(ordered) // 2], "p99": ordered[int(len(ordered) * 0.99)]},
     }  # fmt: skip
-    print(f"{sum(load.counts.values())} requests, {len(load.wrong)} wrong; {first:.0f} -> {last:.0f} MiB; exit {code}")
-    finish("serve_soak", record, args)
+
+
+def main() -> None:
+    """Both engines."""
+    args = arguments(__doc__ or "")
+    from posttrain.models.save import save_model
+
+    length, settled = (12, 4) if args.quick else (300, 60)
+    cells = Cells("serve_soak", args)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "records"
+        save_model(*records_model(args.quick), folder)
+        arms = {engine: lambda _seed, engine=engine: soak(engine, folder, length, settled) for engine in ("vllm", "hf")}
+        found = {engine: result for (engine, _), result in cells.measure(arms, [0]).items()}
+    finish("serve_soak", {**found["vllm"], "hf": found["hf"]}, args)
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ def _constrained(file: Path) -> dict[str, Any]:
     config=Config,
     inputs={"model": model_port(), "data": data_port("prompt", "messages", "verifiable", "text", train=False)},
     output="rollouts",
-    version=2,
+    version=3,
 )
 def run(cfg: Config, ctx: Any) -> None:
     """Completes the prompts of `in.data` with the model of `in.model` and writes `rollouts.jsonl`."""

@@ -92,6 +92,7 @@ def estimate(cfg: GRPOStage) -> dict[str, float]:
 
 @stage(
     "grpo",
+    version=2,
     config=GRPOStage,
     inputs={"model": model_port(), "data": data_port("verifiable", "prompt")},
     output="model",

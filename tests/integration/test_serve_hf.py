@@ -160,9 +160,7 @@ def test_chat_and_response_format(client: Any) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes", "no"]}}}
     options = {"model": "tiny", "messages": turns, "max_completion_tokens": 20, "seed": 1}
     sampler = {"sampler": {"particles": 4}}
-    found = client.chat.completions.create(
-        **options, response_format=form, logprobs=True, extra_body={"awrs": {"sampler": {"particles": 4}}}
-    )
+    found = client.chat.completions.create(**options, response_format=form, logprobs=True, extra_body={"awrs": sampler})
     assert json.loads(found.choices[0].message.content) in ("yes", "no") and found.choices[0].awrs["particles"] == 4
     assert len(found.choices[0].logprobs.content) == found.usage.completion_tokens
     plain = client.chat.completions.create(**options).choices[0].message
