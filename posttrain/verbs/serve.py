@@ -5,8 +5,9 @@ place with our logits processor, so that a request may carry
 
     {"vllm_xargs": {"awrs": "{\\"constraint\\": {\\"json_schema\\": {...}}, \\"sampler\\": {\\"method\\": \\"awrs\\"}}"}}
 
-(through the openai client: `extra_body`). `response_format` stays vLLM's own mask. It listens on the loopback address unless told
-otherwise, and elsewhere only with a key, which is read from the environment or a file and never stands on a command line.
+(through the openai client: `extra_body`). `response_format` is drawn by our sampler where one is named, else by vLLM's mask. It
+listens on the loopback address unless told otherwise, and elsewhere only with a key, which is read from the environment or a file
+and never stands on a command line.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def server_command(args: argparse.Namespace, environment: Mapping[str, str]) -> 
     command += ["--served-model-name", name, "--dtype", args.dtype, "--max-num-seqs", str(args.max_batch)]
     command += ["--logits-processors", f"{PLUGIN}:AWRS", "--worker-extension-cls", f"{PLUGIN}.Worker"]
     command += ["--shutdown-timeout", str(args.drain), "--enable-request-id-headers"]
-    command += ["--middleware", "posttrain.rollout.limits.BodyLimit"]
+    command += ["--middleware", "posttrain.rollout.limits.FormatSampler", "--middleware", "posttrain.rollout.limits.BodyLimit"]
     if args.max_model_len:
         command += ["--max-model-len", str(args.max_model_len)]
     if adapters:

@@ -163,6 +163,17 @@ def test_adapters_and_the_masks_of_vllm_stay_usable(client: Any) -> None:
     assert json.loads(masked.choices[0].message.content) in ("yes", "no")
 
 
+def test_response_format_by_our_sampler(client: Any) -> None:
+    """The same text as with the schema as constraint, which is another one than vLLM's mask gives."""
+    options = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 40, "seed": 9}
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    sampler = {"vllm_xargs": {"awrs": json.dumps({"sampler": {"method": "awrs"}})}}
+    bound = client.chat.completions.create(**options, extra_body=awrs({"json_schema": SCHEMA}, method="awrs")).choices[0].message.content
+    assert client.chat.completions.create(**options, response_format=schema, extra_body=sampler).choices[0].message.content == bound
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(**options, response_format={"type": "text"}, extra_body=sampler)
+
+
 HOSTILE: list[Any] = [
     b"", b"{", b"[]", b"null", b"\xff\xfe", {}, {"model": "tiny"}, {"model": "nobody", "prompt": "x"}, {"model": "tiny", "prompt": ""},
     {"prompt": "x", "max_tokens": -1}, {"prompt": "x", "max_tokens": 10**9}, {"prompt": "x", "temperature": -1},

@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.cli import _parse
 from posttrain.errors import ConfigError
-from posttrain.rollout.limits import BodyLimit
+from posttrain.rollout.limits import BodyLimit, with_format
 from posttrain.verbs.serve import server_command
 
 
@@ -119,3 +119,43 @@ def test_bodies_are_limited_declared_or_not(monkeypatch: pytest.MonkeyPatch) -> 
     for declared in (b"11", b"-1", b"x"):
         assert ask(10, monkeypatch, [b"1"], declared) == ([413], b"")
     assert ask(10, monkeypatch, [b"12345", b"678901"], None) == ([413], b"")
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"{", b"[]", b"[" * 9_000, b"{}", {"vllm_xargs": 7}, {"vllm_xargs": {"awrs": 7}}, {"vllm_xargs": {"awrs": "{}"}},
+    {"vllm_xargs": {"awrs": "[]"}, "response_format": {"type": "json_object"}},
+    {"vllm_xargs": {"awrs": "{}"}, "response_format": {"type": "text"}},
+    {"vllm_xargs": {"awrs": '{"constraint": {"regex": "a"}}'}, "response_format": {"type": "json_object"}},
+    {"response_format": {"type": "json_object"}}, {"vllm_xargs": {"awrs": "{}"}, "response_format": {"type": "json_schema"}},
+])  # fmt: skip
+def test_bodies_without_a_format_for_our_sampler_go_on_as_they_are(body) -> None:
+    assert with_format(body if isinstance(body, bytes) else json.dumps(body).encode()) is None
+
+
+def test_a_format_becomes_the_constraint() -> None:
+    body = {"prompt": "x", "response_format": {"type": "json_object"}, "vllm_xargs": {"awrs": '{"sampler": {"method": "mask"}}', "b": 1}}
+    found = json.loads(with_format(json.dumps(body).encode()) or b"")
+    asked = json.loads(found["vllm_xargs"].pop("awrs"))
+    assert found == {"prompt": "x", "vllm_xargs": {"b": 1}}
+    assert asked["constraint"]["json_schema"] == {"type": "object"} and asked["sampler"] == {"method": "mask"}
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--host", "0.0.0.0"], "no key"), (["--lora", "a=b"], "one model"), (["--", "--enforce-eager"], "are vLLM's"),
+    (["--max-batch", "0"], "at least 1"), (["--port", "1"], "cannot listen"), (["--api-key-file", "/nowhere/key"], "/nowhere/key"),
+])  # fmt: skip
+def test_the_transformers_engine_refuses_before_it_loads(tiny_model_dir: Path, monkeypatch, words: list[str], said: str) -> None:
+    import socket
+
+    from posttrain.errors import PosttrainError
+    from posttrain.verbs.serve import serve
+
+    pytest.importorskip("uvicorn")
+
+    def taken(self: socket.socket, address: tuple[str, int]) -> None:
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", taken)
+    monkeypatch.delenv("POSTTRAIN_API_KEY", raising=False)
+    with pytest.raises((PosttrainError, OSError), match=said):
+        serve(_parse(["serve", str(tiny_model_dir), "--engine", "hf", *words]))

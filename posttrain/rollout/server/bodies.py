@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from posttrain.config.base import Strict
-from posttrain.config.constraint import ConstraintConfig
 from posttrain.data.spans import render
 from posttrain.data.strict_json import RowError
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.rollout.asked import Asked, built
+from posttrain.rollout.asked import Asked, ResponseFormat, built
 from posttrain.rollout.base import Request, Sampling
 from posttrain.rollout.constraints import Constraint
 from posttrain.rollout.group import check_request
@@ -26,27 +25,6 @@ COMPLETION_TOKENS = 16
 """Limit of a completion without one: OpenAI's own default."""
 Id = Annotated[int, Field(ge=0)]
 Zero = Literal[0] | Annotated[float, Field(ge=0, le=0)] | None
-
-
-class _Format(Strict):
-    """`response_format`."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
-
-    @model_validator(mode="after")
-    def _with_schema(self) -> _Format:
-        if (self.type == "json_schema") is not (self.json_schema is not None):
-            raise ValueError("`json_schema` goes with type json_schema")
-        if self.json_schema is not None and not isinstance(self.json_schema.get("schema"), dict):
-            raise ValueError("json_schema.schema is missing")
-        return self
-
-    def constraint(self) -> ConstraintConfig | None:
-        """What it asks of the text."""
-        if self.type == "text":
-            return None
-        return ConstraintConfig(json_schema={"type": "object"} if self.json_schema is None else self.json_schema["schema"])
 
 
 class _StreamOptions(Strict):
@@ -76,7 +54,7 @@ class Body(Strict):
     """Send tokens as they are drawn; of several particles, the text at the end."""
     stream_options: _StreamOptions | None = None
     """Of a stream."""
-    response_format: _Format | None = None
+    response_format: ResponseFormat | None = None
     """Sampled by `awrs.sampler`, as a constraint."""
     awrs: Asked | None = None
     """Constraint and sampler."""
