@@ -9,7 +9,8 @@ from typing import Any
 
 from posttrain.rollout.base import Completion
 
-HELD = "�"
+HELD = "\ufffd"
+"""Stands at the end of a text whose last character is not whole yet."""
 
 
 class Text:
@@ -33,7 +34,8 @@ class Text:
         self.ids.append(token)
         text: str = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         cuts = [place for place in map(text.find, self.stop) if place >= 0]
-        until = min(cuts) if cuts else len(text.rstrip(HELD)) - _begun(text, self.stop)
+        whole = text.rstrip(HELD)
+        until = min(cuts) if cuts else len(whole) - _begun(whole, self.stop)
         found = text[self.sent : until]
         self.sent = max(self.sent, until)
         return found
