@@ -19,11 +19,11 @@ from starlette.requests import Request as Call
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from posttrain.errors import NumericsError, PosttrainError
+from posttrain.errors import ConfigError, NumericsError, PosttrainError
 from posttrain.rollout.base import Completion
 from posttrain.rollout.hf import HFEngine
 from posttrain.rollout.limits import BodyLimit
-from posttrain.rollout.running import NewToken, check_size
+from posttrain.rollout.running import NewToken
 from posttrain.rollout.server.answers import Text, about, choice, envelope, logprobs, piece, refusal, usage
 from posttrain.rollout.server.bodies import Body, ChatBody, CompletionBody, read
 from posttrain.rollout.server.runner import Event, Full, Runner
@@ -182,8 +182,10 @@ class Service:
         longest = max(map(len, prompts))
         limit = body.limit(None if self.limit is None else self.limit - longest)
         found = body.requests(prompts, limit, self.engine.max_batch)
-        for request in found:
-            check_size(request, self.limit)
+        for ids in prompts:
+            if self.limit is not None and len(ids) + limit > self.limit:
+                message = f"a prompt of {len(ids)} tokens and {limit} more exceed the {self.limit} that the model has room for"
+                raise ConfigError(message, where="max_tokens")
         return found, sum(map(len, prompts))
 
 
