@@ -4,9 +4,9 @@
     python benchmarks/awrs_compile.py --quick    # 8,000 tokens
 
 The schema has objects in arrays in objects, enums, optional fields and strings with a length. `build` is a new constraint from the
-schema's text to its first state, the vocabulary known; the peer is xgrammar's compiler on one thread, without its cache, and a matcher. `fork` copies
-a state after half of a text; the peer is xgrammar's `fork`. The tokenizer is a byte-level BPE trained on the sources of the
-standard library and of installed packages.
+schema's text to its first state, the vocabulary known; the peer is xgrammar's compiler on one thread, without its cache, and a
+matcher. `fork` copies a state after half of a text; the peer is xgrammar's `fork`. The tokenizer is a byte-level BPE trained on the
+sources of the standard library and of installed packages.
 """
 
 from __future__ import annotations
@@ -115,9 +115,8 @@ def main() -> None:
     fork = speed(compare(peer_fork, ours_fork, pairs=2 if args.quick else 20, warmup=1))
     ms = {"ours": build["ours"] * 1e3, "peer": build["peer"] * 1e3}
     us = {"ours": fork["ours"] / FORKS * 1e6, "peer": fork["peer"] / FORKS * 1e6}
-    print(
-        f"build {ms['ours']:.1f} ms, xgrammar {ms['peer']:.1f} ms; fork {us['ours']:.1f} us, xgrammar {us['peer']:.1f} us; {len(tokenizer)} tokens"
-    )
+    said = f"build {ms['ours']:.1f} ms, xgrammar {ms['peer']:.1f}; fork {us['ours']:.1f} us, xgrammar {us['peer']:.1f}"
+    print(f"{len(tokenizer)} tokens; {said}")
     finish("awrs_compile", {**build, "unit": "seconds to build", "tokens": len(tokenizer), "fork": {**fork, "us": us}}, args)
 
 
