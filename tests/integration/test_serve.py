@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +13,13 @@ import jsonschema
 import pytest
 
 from tests.constraint_kit import JSON, SCHEMA
+from tests.serve_kit import KEY, served
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 
 pytestmark = pytest.mark.vllm
-
-KEY = "test-key"
 
 
 @pytest.fixture(scope="module")
@@ -40,49 +34,9 @@ def server(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     lora = LoraConfig(r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), lora)
     save_model(adapted, load_tokenizer(tiny_model_dir), folder / "adapter", base=tiny_model_dir)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "posttrain", "serve", str(tiny_model_dir), "--port", str(port), "--name", "tiny", "--dtype", "float32"]
-    command += [
-        "--lora",
-        f"tuned={folder / 'adapter'}",
-        "--max-body",
-        "20000",
-        "--max-batch",
-        "16",
-        "--drain",
-        "20",
-        "--",
-        "--enforce-eager",
-    ]
-    environment = {**os.environ, "POSTTRAIN_API_KEY": KEY, "VLLM_LOGGING_LEVEL": "ERROR"}
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait(process, url, folder / "log")
-        yield {"url": url, "process": process, "log": folder / "log"}
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + 400
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(log.read_text()[-3000:])
+    words = ["--lora", f"tuned={folder / 'adapter'}", "--max-body", "20000", "--max-batch", "16", "--drain", "20", "--", "--enforce-eager"]
+    with served(folder, tiny_model_dir, *words) as running:
+        yield running
 
 
 @pytest.fixture

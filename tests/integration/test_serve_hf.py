@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,42 +15,21 @@ import jsonschema
 import pytest
 
 from tests.constraint_kit import JSON, SCHEMA
+from tests.serve_kit import KEY, served
 
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 
-KEY = "test-key"
 HEADERS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
 def server(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("serve-hf")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "posttrain", "serve", str(tiny_model_dir), "--engine", "hf", "--port", str(port), "--name", "tiny"]
-    command += ["--dtype", "float32", "--max-body", "20000", "--max-batch", "16", "--max-waiting", "40", "--drain", "20"]
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "POSTTRAIN_API_KEY": KEY})
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 200
-    try:
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
-            try:
-                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.3)
-        yield {"url": url, "process": process, "log": folder / "log"}
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    words = ["--engine", "hf", "--max-body", "20000", "--max-batch", "16", "--max-waiting", "40", "--drain", "20"]
+    with served(folder, tiny_model_dir, *words) as running:
+        yield running
 
 
 @pytest.fixture
