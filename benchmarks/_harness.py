@@ -108,7 +108,9 @@ def _pair(first: Work, second: Work, prepare: Work) -> list[tuple[float, float]]
     return found
 
 
-def compare(baseline: Work, candidate: Work, *, pairs: int = 20, warmup: int = 2, prepare: Work = lambda: None) -> dict[str, Any]:
+def compare(
+    baseline: Work, candidate: Work, *, pairs: int = 20, warmup: int = 2, prepare: Work = lambda: None, units: int = 1
+) -> dict[str, Any]:
     """Candidate against baseline by paired ratios of time; below 1 is faster.
 
     Args:
@@ -116,6 +118,7 @@ def compare(baseline: Work, candidate: Work, *, pairs: int = 20, warmup: int = 2
         pairs: B/A pairs, and as many A'/A control pairs; at least 20 for a figure that is quoted.
         warmup: calls of each that are not counted.
         prepare: called before each of all these calls, outside the clock.
+        units: how many times the baseline's work one call of the candidate does; its time is divided by it.
 
     Returns:
         {"wall": {"ratio", "control", "verdict", "baseline_s", "candidate_s"}, "cpu": {...}, "pairs"}.
@@ -129,6 +132,8 @@ def compare(baseline: Work, candidate: Work, *, pairs: int = 20, warmup: int = 2
         for name, other in (("b_over_a", candidate), ("a_over_a", baseline)):
             one, two = _pair(other, baseline, prepare) if swap else _pair(baseline, other, prepare)
             a, b = (two, one) if swap else (one, two)
+            if other is candidate:
+                b = b[0] / units, b[1] / units
             ratios[name].append([b[clock] / max(a[clock], 1e-9) for clock in (0, 1)])
             if name == "b_over_a":
                 seconds.append((a, b))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 KEY = "test-key"
+HEADERS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
 
 
 @contextmanager
@@ -45,3 +47,21 @@ def served(folder: Path, model: Path, *words: str) -> Iterator[dict[str, Any]]:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def refused(server: dict[str, Any], body: Any, path: str = "/v1/completions") -> dict[str, Any]:
+    """Posts a bad body, bytes or JSON, and checks that it is refused in words and the server lives; the error."""
+    import httpx
+
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    found = httpx.post(server["url"] + path, content=raw, headers=HEADERS, timeout=60)
+    assert 400 <= found.status_code < 500, (found.status_code, found.text[:300])
+    error: dict[str, Any] = found.json()["error"]
+    assert error["message"] and "Traceback" not in found.text
+    assert httpx.get(f"{server['url']}/health").status_code == 200
+    return error
+
+
+def named(body: Any) -> Any:
+    """The body with the model's name, where it is a prompt without one."""
+    return {"model": "tiny", **body} if isinstance(body, dict) and "prompt" in body and "model" not in body else body

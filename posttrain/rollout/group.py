@@ -65,8 +65,10 @@ class Particle:
 
     def complete(self) -> bool:
         """The constraint accepts the text as a whole."""
-        if self.reason != "length" or self.checker is None:
-            return self.whole if self.reason == "length" else self.reason == "stop"
+        if self.reason != "length":
+            return self.reason == "stop"
+        if self.checker is None:
+            return self.whole
         try:
             return self.checker.state.complete()
         except RolloutError as error:

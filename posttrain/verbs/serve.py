@@ -93,7 +93,20 @@ def _serve_hf(args: argparse.Namespace, environment: Mapping[str, str]) -> int:
         raise ConfigError("options after `--` are vLLM's", where="serve --engine hf")
     from posttrain.rollout.server.run import run
 
-    run(args, key)
+    run(
+        args.model,
+        host=args.host,
+        port=args.port,
+        name=args.name or Path(args.model).name,
+        key=key,
+        dtype=args.dtype,
+        max_batch=args.max_batch,
+        max_model_len=args.max_model_len,
+        max_waiting=args.max_waiting,
+        max_body=args.max_body,
+        drain=args.drain,
+        trust_remote_code=args.trust_remote_code,
+    )
     return 0
 
 

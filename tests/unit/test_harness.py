@@ -54,6 +54,9 @@ def test_compare_orders_pairs_by_turns_and_sees_more_work(monkeypatch: pytest.Mo
     assert found["cpu"]["ratio"]["value"] == 3.0
     assert found["wall"]["control"]["value"] == 1.0
     assert found["wall"]["verdict"] == "slower"
+    a_tenth = harness.compare(lambda: calls.append("a"), lambda: calls.append("b"), pairs=4, units=10)
+    assert a_tenth["wall"]["ratio"]["value"] == pytest.approx(0.2) and a_tenth["wall"]["verdict"] == "faster"
+    assert a_tenth["wall"]["control"]["value"] == 1.0 and a_tenth["wall"]["candidate_s"] == pytest.approx(0.2)
 
 
 def test_cells_are_measured_once_and_a_torn_line_is_measured_again(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -106,14 +107,14 @@ class Service:
 
         async def http(_: Call, error: Exception) -> Response:
             assert isinstance(error, HTTPException)
-            return self._refuse(str(error.detail), error.status_code)
+            return self.refuse(str(error.detail), error.status_code)
 
         app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: http})
         limited = BodyLimit(app, max_body)
 
         async def guarded(scope: Scope, receive: Any, send: Any) -> None:
             if scope["type"] == "http" and scope["path"] != "/health" and not self._known(scope):
-                await self._refuse("the key is missing or wrong", 401)(scope, receive, send)
+                await self.refuse("the key is missing or wrong", 401)(scope, receive, send)
                 return
             await limited(scope, receive, send)
 
@@ -123,7 +124,8 @@ class Service:
         sent = dict(scope["headers"]).get(b"authorization", b"")
         return not self.key or hmac.compare_digest(sent, f"Bearer {self.key}".encode())
 
-    def _refuse(self, message: str, status: int, param: str | None = None) -> JSONResponse:
+    def refuse(self, message: str, status: int, param: str | None = None) -> JSONResponse:
+        """An error, counted."""
         self.metrics.refused.labels(str(status)).inc()
         headers = {"Retry-After": "1"} if status in (429, 503) else None
         return JSONResponse(refusal(message, status, param), status, headers)
@@ -154,11 +156,11 @@ class Service:
         try:
             body = read(await call.body(), kind)
             if body.model != self.name:
-                return self._refuse(f"the model `{body.model}` is not served here, `{self.name}` is", 404, "model")
+                return self.refuse(f"the model `{body.model}` is not served here, `{self.name}` is", 404, "model")
             # building a constraint takes time, in which other clients want to be served
             requests, prompts = await asyncio.to_thread(self._requests, body)
         except PosttrainError as error:
-            return self._refuse(f"{error.message}{'; ' + error.fix if error.fix else ''}", 400, error.where or None)
+            return self.refuse(f"{error.message}{'; ' + error.fix if error.fix else ''}", 400, error.where or None)
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -168,9 +170,9 @@ class Service:
         try:
             numbers = self.runner.submit(requests, deliver)
         except Full:
-            return self._refuse(f"{self.runner.max_waiting} requests wait already", 429)
+            return self.refuse(f"{self.runner.max_waiting} requests wait already", 429)
         except PosttrainError as error:
-            return self._refuse(error.message, 503)
+            return self.refuse(error.message, 503)
         exchange = _Exchange(self, call, body, kind is ChatBody, requests, prompts, numbers, events, arrived)
         if body.stream:
             return StreamingResponse(exchange.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -189,24 +191,23 @@ class Service:
         return found, sum(map(len, prompts))
 
 
+@dataclass
 class _Exchange:
-    """One body on its way."""
+    """One body on its way; `prompts` are the tokens of its prompts, `numbers` those of its requests in the runner."""
 
-    def __init__(
-        self,
-        service: Service,
-        call: Call,
-        body: Any,
-        chat: bool,
-        requests: list[Any],
-        prompts: int,
-        numbers: list[int],
-        events: asyncio.Queue[tuple[int, Event]],
-        arrived: float,
-    ) -> None:
-        self.service, self.call, self.body, self.chat = service, call, body, chat
-        self.requests, self.prompts, self.numbers, self.events, self.arrived = requests, prompts, numbers, events, arrived
-        self.uid = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+    service: Service
+    call: Call
+    body: Any
+    chat: bool
+    requests: list[Any]
+    prompts: int
+    numbers: list[int]
+    events: asyncio.Queue[tuple[int, Event]]
+    arrived: float
+    uid: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self.uid = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
 
     async def whole(self) -> Response:
         """The answer in one piece; a client that leaves ends its requests."""
@@ -221,7 +222,7 @@ class _Exchange:
                     return Response(status_code=499)
                 place, event = following.result()
                 if isinstance(event, PosttrainError):
-                    return self.service._refuse(event.message, 500 if isinstance(event, NumericsError) else 503)
+                    return self.service.refuse(event.message, 500 if isinstance(event, NumericsError) else 503)
                 if isinstance(event, Completion):
                     found[place] = event
                     self.service.metrics.ended(event)

@@ -25,10 +25,11 @@ class Full(Exception):
 
 @dataclass
 class _Open:
-    """A request that has not ended."""
+    """A request that has not ended; `handle` is its own in the batch, once it is there."""
 
     request: Request
     deliver: Callable[[Event], None]
+    handle: int = 0
 
 
 class Runner:
@@ -49,7 +50,7 @@ class Runner:
         self._orders: queue.Queue[tuple[str, int, _Open | None]] = queue.Queue()
         self._lock = threading.Lock()
         self._open: dict[int, _Open] = {}
-        self._handles: dict[int, int] = {}
+        self._number_of: dict[int, int] = {}
         self._batch: ContinuousBatch = engine.batch()
         self._thread = threading.Thread(target=self._run, name="posttrain-runner", daemon=True)
 
@@ -130,25 +131,25 @@ class Runner:
             if order == "stop":
                 return False
             if order == "cancel":
-                if self._open.pop(number, None) is not None:
-                    handle = next(handle for handle, known in self._handles.items() if known == number)
-                    self._batch.abort(handle)
-                    del self._handles[handle]
+                gone = self._open.pop(number, None)
+                if gone is not None:
+                    self._batch.abort(gone.handle)
+                    del self._number_of[gone.handle]
             elif item is not None:
                 try:
-                    handle = self._batch.add(item.request)
+                    item.handle = self._batch.add(item.request)
                 except PosttrainError as error:
                     item.deliver(error)
                     continue
-                self._open[number], self._handles[handle] = item, number
+                self._open[number], self._number_of[item.handle] = item, number
 
     def _hand_over(self, step: Step) -> None:
         self.tokens += step.drawn
         for token in step.tokens:
-            if token.handle in self._handles:
-                self._open[self._handles[token.handle]].deliver(token)
+            if token.handle in self._number_of:
+                self._open[self._number_of[token.handle]].deliver(token)
         for handle, completion in step.finished:
-            number = self._handles.pop(handle, None)
+            number = self._number_of.pop(handle, None)
             if number is not None:
                 self._open.pop(number).deliver(completion)
 
@@ -157,5 +158,5 @@ class Runner:
         for item in self._open.values():
             item.deliver(error)
         self._open.clear()
-        self._handles.clear()
+        self._number_of.clear()
         self._batch = self.engine.batch()
