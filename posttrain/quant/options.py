@@ -6,16 +6,40 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import REPORT_ONLY, Strict
+from posttrain.config.base import REPORT_ONLY, Positive, Strict
+
+
+class CalibrationConfig(Strict):
+    """Text that the fit sees, and text that judges it."""
+
+    tokens: Annotated[int, Field(ge=64)] = 65536
+    """Tokens that are fitted. An adapter and an unconstrained optimum learn the noise of fewer than about 64k."""
+    held_out: Annotated[int, Field(ge=64)] = 16384
+    """Tokens that only judge: every choice between results (ridge, method, pass) is made by their error."""
+    length: Annotated[int, Field(ge=16)] = 512
+    """Tokens of a window."""
+    batch: Positive = 8
+    """Windows in a forward pass."""
+    format: Literal["auto", "chat", "plain"] = "auto"
+    """How rows that are no plain text are written out, as for training."""
+
+    @model_validator(mode="after")
+    def _whole_windows(self) -> CalibrationConfig:
+        if min(self.tokens, self.held_out) < self.length:
+            raise ValueError(f"tokens and held_out must hold a window of {self.length} tokens; lower `length` or raise them")
+        return self
 
 
 class QuantExport(Strict):
     """How the quantized checkpoint is written."""
 
-    format: Literal["compressed-tensors"] = "compressed-tensors"
-    """`pack-quantized` of compressed-tensors, read by transformers and vLLM."""
-    engine: Literal["transformers", "vllm", "vllm-cpu"] = "transformers"
-    """Engine that must be able to load it; a width that it cannot load is refused. `vllm` means vLLM on a GPU."""
+    format: Literal["compressed-tensors", "gptq", "awq", "dequantized"] = "compressed-tensors"
+    """`compressed-tensors`: pack-quantized, read by transformers and vLLM. `gptq` (symmetric, 4 or 8 bits) and `awq` (4 bits): for vLLM and
+    tools that know those; transformers reads them only with the packages optimum and gptqmodel. `dequantized`: float weights, read
+    everywhere, no smaller."""
+    engine: Literal["transformers", "vllm", "vllm-cpu"] | None = None
+    """Engine that must be able to load it; what it cannot load is refused. `vllm` means vLLM on a GPU. Default: the first that reads the
+    format."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of what stays dense and of the scales; `auto` is the input checkpoint's type."""
     max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
@@ -33,18 +57,33 @@ class QuantExport(Strict):
         return self
 
 
-def check_engine(bits: int, engine: str) -> None:
-    """Refuses a width that the engine cannot load.
+def check_engine(bits: int, export: QuantExport, symmetric: bool) -> None:
+    """Refuses a width that the format cannot hold or the engine cannot load.
 
     Raises:
         ValueError: the engine, the width, and what would work.
     """
-    if engine == "vllm" and bits == 3:
+    from posttrain.quant.scheme import engines
+
+    if export.format == "gptq" and (bits not in (4, 8) or not symmetric):
+        raise ValueError(
+            "export.format: gptq holds symmetric codes of 4 or 8 bits; use compressed-tensors, or `symmetric: true` at 4 or 8 bits"
+        )
+    if export.format == "awq" and bits != 4:
+        raise ValueError(f"export.format: awq holds 4 bits, not {bits}; use compressed-tensors")
+    if export.engine is None:
+        return
+    if export.format in ("gptq", "awq") and export.engine == "transformers":
+        raise ValueError(
+            f"export.format: {export.format} is read by transformers only with the packages optimum and gptqmodel; "
+            "use compressed-tensors, or `export.engine: vllm`"
+        )
+    if export.engine == "vllm" and bits == 3 and export.format == "compressed-tensors":
         raise ValueError(
             "bits: 3 cannot be loaded by vLLM, since codes are stored as transformers reads them; "
             "use 2, 4 or 8 bits, or `export.engine: transformers`"
         )
-    if engine == "vllm-cpu" and bits != 4:
+    if not engines(bits, symmetric, format=export.format)[export.engine]:
         raise ValueError(
             f"bits: {bits} has no CPU kernel in vLLM, which runs 4 bits only; use 4 bits, or `export.engine: vllm` (GPU) or `transformers`"
         )

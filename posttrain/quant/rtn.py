@@ -41,7 +41,7 @@ class RtnConfig(StageConfig):
     def _loadable(self) -> RtnConfig:
         if self.group_size == 0:
             raise ValueError("group_size: give -1 (one scale a row) or a positive number")
-        check_engine(self.bits, self.export.engine)
+        check_engine(self.bits, self.export, self.is_symmetric)
         return self
 
     @property
@@ -68,6 +68,7 @@ def run(cfg: RtnConfig, ctx: StageContext) -> None:
     from posttrain.models.load import load_model
     from posttrain.quant.apply import linear_shapes, output_name, quantize_model, round_dense
     from posttrain.quant.base import quantize_rtn
+    from posttrain.quant.closed_form import Fitted
     from posttrain.quant.finish import finish
     from posttrain.quant.scheme import check_experts, plan_scheme
 
@@ -87,4 +88,4 @@ def run(cfg: RtnConfig, ctx: StageContext) -> None:
 
     round_dense(model, dtype, scheme)
     tensors, rows = quantize_model(model, scheme, fit, ctx.events)
-    finish(ctx, loaded, tensors, scheme, rows, dtype=dtype, export=cfg.export)
+    finish(ctx, loaded, {name: Fitted(q) for name, q in tensors.items()}, scheme, rows, dtype=dtype, export=cfg.export)

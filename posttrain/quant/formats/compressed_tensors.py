@@ -14,7 +14,7 @@ its default path cannot do for asymmetric checkpoints and which peft needs; vLLM
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,8 +37,40 @@ def to_tensors(name: str, q: QTensor, layout: Layout) -> dict[str, Tensor]:
 
 
 def quantization_config(bits: int, group_size: int, symmetric: bool, ignore: Iterable[str]) -> dict[str, Any]:
-    """`quantization_config` of config.json."""
-    weights = {
+    """`quantization_config` of config.json where all layers are of one kind."""
+    return mixed_config({(bits, group_size, symmetric): []}, ignore)
+
+
+def mixed_config(groups: Mapping[tuple[int, int, bool], list[str]], ignore: Iterable[str]) -> dict[str, Any]:
+    """`quantization_config` of config.json.
+
+    Args:
+        groups: (bits, group_size, symmetric) -> names of the layers of that kind.
+        ignore: names of the linear layers that stay dense.
+    """
+    kinds = {
+        f"group_{index}": {
+            "targets": ["Linear"] if len(groups) == 1 else sorted(names),
+            "weights": _weights(*kind),
+            "input_activations": None,
+            "output_activations": None,
+        }
+        for index, (kind, names) in enumerate(sorted(groups.items()))
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "dequantize": True,
+        "ignore": sorted(ignore),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "config_groups": kinds,
+    }
+
+
+def _weights(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
+    return {
         "num_bits": bits,
         "type": "int",
         "symmetric": symmetric,
@@ -50,16 +82,11 @@ def quantization_config(bits: int, group_size: int, symmetric: bool, ignore: Ite
         "observer": "minmax",
         "observer_kwargs": {},
     }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "dequantize": True,
-        "ignore": sorted(ignore),
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}},
-    }
+
+
+def layout_of(widths: Iterable[int]) -> Layout:
+    """The layout that the installed reader wants for every one of these widths; only 3, 5, 6 and 7 bits have two."""
+    return "padded" if any(reader_layout(bits) == "padded" for bits in widths) else "dense"
 
 
 def reader_layout(bits: int) -> Layout:

@@ -1,0 +1,217 @@
+"""What all quantizers that look at text share: config fields, loading, the way through the blocks, the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config.base import REPORT_ONLY, Positive
+from posttrain.config.common import StageConfig, StageEval
+from posttrain.core.context import StageContext
+from posttrain.errors import QuantError
+from posttrain.quant.options import CalibrationConfig, QuantExport, check_engine
+
+if TYPE_CHECKING:
+    from posttrain.quant.blocks import Blocks
+    from posttrain.quant.closed_form import Grid
+    from posttrain.quant.job import Job
+    from posttrain.quant.scheme import Scheme
+    from posttrain.quant.states import States
+    from posttrain.quant.walk import Plan
+
+
+class CalibratedConfig(StageConfig):
+    """Fields of every quantizer that looks at text."""
+
+    bits: Literal[2, 3, 4, 8] = 4
+    """Width of a code."""
+    group_size: Annotated[int, Field(ge=-1)] = 64
+    """Input columns that share a scale; -1 is one scale an output row. Where it does not divide a layer's inputs, that layer takes the
+    next smaller power of two that does."""
+    symmetric: bool | None = None
+    """No zero points. Default: true at 4 and 8 bits (the widest choice of kernels), false at 2 and 3 (better weights)."""
+    ignore: list[str] = []
+    """Layers that stay dense: full names, last parts (`down_proj`), or `re:` and a regular expression; the output layer and embeddings
+    always do."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    """Text that is fitted and text that judges."""
+    first_blocks: Positive | None = None
+    """Quantize only so many blocks from the first on, for a trial."""
+    stream: bool | None = None
+    """Read block after block from the checkpoint instead of loading the model. Default: where it would take more than 40 % of the free
+    memory."""
+    kl_windows: Annotated[int, Field(ge=0), REPORT_ONLY] = 4
+    """Held-out windows on which KL to the float model is measured after every block; 0 = none. Not while streaming."""
+    export: QuantExport = QuantExport()
+    """Checkpoint format and checks."""
+    eval: StageEval = StageEval()
+    """Evaluation around this stage; not while streaming."""
+
+    @model_validator(mode="after")
+    def _loadable(self) -> CalibratedConfig:
+        if self.group_size == 0:
+            raise ValueError("group_size: give -1 (one scale a row) or a positive number")
+        check_engine(self.bits, self.export, self.is_symmetric)
+        return self
+
+    @property
+    def is_symmetric(self) -> bool:
+        """`symmetric`, with the default for the width."""
+        return self.bits >= 4 if self.symmetric is None else self.symmetric
+
+
+@dataclass
+class Opened:
+    """A model that is about to be quantized.
+
+    Args:
+        loaded: with its tokenizer; without weights in its blocks where they are streamed.
+        blocks: of the model.
+        weights: of the folder, where blocks are streamed.
+    """
+
+    loaded: Any
+    blocks: Blocks
+    weights: Any = None
+
+
+def check(cfg: CalibratedConfig, folder: Path) -> None:
+    """Refuses what can be told from the headers of the weight files."""
+    from posttrain.quant.scheme import check_stored
+
+    check_stored(folder, None, cfg.ignore)
+
+
+def open_model(cfg: CalibratedConfig, ctx: StageContext) -> Opened:
+    """The stage's model, whole or to be read block by block.
+
+    Raises:
+        QuantError: it is quantized already.
+        ArtifactError: it cannot be loaded.
+    """
+    from posttrain.models.load import LoadedModel, checkpoint_dtype, fetch, load_model, load_tokenizer
+    from posttrain.models.source import read_json, resolve_model
+    from posttrain.quant.blocks import Blocks
+    from posttrain.quant.scheme import check_experts
+
+    named = resolve_model(ctx.ref("model"))
+    source = fetch(named, ctx.trust_remote_code)
+    plain = source.form == "folder" and "quantization_config" not in read_json(source.local / "config.json")
+    if cfg.stream and not plain:
+        raise QuantError(
+            "only a folder of float weights can be read block by block",
+            where=f"stages.{ctx.name}.stream",
+            fix="export the model first (posttrain export), or leave out `stream`",
+        )
+    if plain and (_too_large(source.local) if cfg.stream is None else cfg.stream):
+        from posttrain.quant.stream import StreamedBlocks, Weights, empty_model
+
+        weights = Weights(source.local)
+        model = empty_model(source.local, weights, trust_remote_code=ctx.trust_remote_code)
+        tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
+        loaded = LoadedModel(model, tokenizer, named, named, "model", checkpoint_dtype(source))
+        ctx.events.log("the model is read block by block")
+        return Opened(loaded, StreamedBlocks(model, weights), weights)
+    loaded = load_model(ctx.ref("model"), dtype="float32", trust_remote_code=ctx.trust_remote_code)
+    if loaded.kind == "quantized":
+        raise QuantError(
+            "the input is quantized already", where=f"stages.{ctx.name}.in.model", fix="give the float model that it was made from"
+        )
+    check_experts([name for name, parameter in loaded.model.named_parameters() if parameter.ndim == 3])
+    return Opened(loaded, Blocks(loaded.model))
+
+
+def _too_large(folder: Path) -> bool:
+    from posttrain.quant.stream import too_large
+
+    return too_large(folder)
+
+
+def run_calibrated(
+    cfg: CalibratedConfig,
+    ctx: StageContext,
+    fit: Callable[[Job, States], None],
+    *,
+    rank: int = 0,
+    choose: Callable[[Opened, Scheme, Any, Plan], Plan] | None = None,
+) -> None:
+    """Quantizes the blocks of a model with `fit` and commits a checkpoint that has been read back.
+
+    Args:
+        cfg: of the stage.
+        ctx: of the stage.
+        fit: fills `job.fitted`; given the job and the states that the float block makes.
+        rank: of every adapter; 0 = none.
+        choose: replaces the uniform plan, given (model, scheme, windows, uniform plan).
+    """
+    import torch
+
+    from posttrain.eval.run import around
+    from posttrain.quant.apply import round_dense
+    from posttrain.quant.calibration import load_windows
+    from posttrain.quant.finish import finish
+    from posttrain.quant.walk import Plan, Walk
+
+    opened = open_model(cfg, ctx)
+    loaded, blocks = opened.loaded, opened.blocks
+    dtype = getattr(torch, loaded.dtype if cfg.export.dtype == "auto" else cfg.export.dtype)
+    scheme, grids, transposed = plan_layers(cfg, blocks, dtype)
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    windows = load_windows(ctx, loaded.tokenizer, cfg.calibration, longest)
+    if not blocks.streamed:
+        around(ctx, "before", loaded.model, loaded.tokenizer)
+        round_dense(loaded.model, dtype, scheme)
+    states = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    plan = Plan(grids, dict.fromkeys(grids, rank), dtype, states, cfg.calibration.batch, cfg.kl_windows, cfg.first_blocks)
+    if choose is not None:
+        plan = choose(opened, scheme, windows, plan)
+    walk = Walk(blocks, plan, windows, ctx.work, ctx.events, ctx.seed)
+    store = walk(fit)
+    rows = [row for report in store.reports for row in report["layers"]]
+    left = tuple(name for name in scheme.layers if name not in store)
+    scheme = replace(
+        scheme, layers={name: shape for name, shape in scheme.layers.items() if name in store}, dense=tuple(sorted({*scheme.dense, *left}))
+    )
+    ctx.summary["blocks"] = [{key: value for key, value in report.items() if key not in ("layers", "forms")} for report in store.reports]
+    dense = opened.weights.dense(set(store)) if blocks.streamed else None
+    finish(ctx, loaded, store, scheme, rows, dtype=dtype, export=cfg.export, transposed=transposed & set(store), dense=dense)
+
+
+def plan_layers(cfg: CalibratedConfig, blocks: Blocks, dtype: Any) -> tuple[Scheme, dict[str, Grid], frozenset[str]]:
+    """(scheme, layer name -> grid, layers stored as [in, out]).
+
+    Raises:
+        QuantError: nothing to quantize, or layers that the format cannot hold.
+    """
+    import torch
+
+    from posttrain.quant.apply import output_name
+    from posttrain.quant.closed_form import Grid
+    from posttrain.quant.export import Form, check_forms
+    from posttrain.quant.layers import linear_layers
+    from posttrain.quant.scheme import own_groups, parallel_note, plan_scheme
+
+    layers = linear_layers(blocks.model)
+    shapes = {layer.name: layer.shape for layer in layers}
+    count = min(cfg.first_blocks or len(blocks), len(blocks))
+    inside = tuple(f"{blocks.name(index)}." for index in range(count))
+    outside = frozenset(name for name in shapes if not name.startswith(inside))
+    scheme = plan_scheme(shapes, group_size=None, ignore=cfg.ignore, output=output_name(blocks.model), outside=outside)
+    groups, notes = own_groups(scheme.layers, cfg.group_size)
+    grids = {name: Grid(cfg.bits, groups[name], cfg.is_symmetric, True, dtype) for name in scheme.layers}
+    transposed = frozenset(layer.name for layer in layers if layer.transposed and layer.name in grids)
+    other = next((layer for layer in layers if layer.name in grids and type(layer.module) is not torch.nn.Linear), None)
+    if other is not None and cfg.export.format != "dequantized":
+        raise QuantError(
+            f"{other.name} is a {type(other.module).__name__}; engines read packed weights of plain linear layers only",
+            where="export.format",
+            fix="use export.format: dequantized",
+        )
+    check_forms(
+        {name: Form(scheme.layers[name], grid.bits, grid.group_size, grid.symmetric, 16) for name, grid in grids.items()}, cfg.export.format
+    )
+    return replace(scheme, notes=(*scheme.notes, *notes, parallel_note(scheme.layers, groups))), grids, transposed
