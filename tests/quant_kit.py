@@ -83,6 +83,8 @@ def run_stage(name: str, model: Path, out: Path, data: Path, **fields: Any) -> S
         "data": [InputRef("data", "d", "source", "dataset", spec={"kind": "text", "path": str(data)})],
     }
     ctx = StageContext("q", name, 0, inputs, out, out.parent / "work", Events(None))
-    little = {"group_size": 32, "calibration": {"tokens": 2048, "held_out": 512, "length": 64}}
+    little: dict[str, Any] = {"group_size": 32, "calibration": {"tokens": 2048, "held_out": 512, "length": 64}}
+    if name == "quantize.auto":
+        del little["group_size"]
     found.run(found.config.model_validate({"name": "q", "method": name, **little, **fields}), ctx)
     return ctx

@@ -156,4 +156,4 @@ def run(cfg: ApiqConfig, ctx: StageContext) -> None:
     from posttrain.quant.fit_block import BlockFit
 
     fit = BlockFit(cfg, ctx)
-    run_calibrated(cfg, ctx, fit, rank=cfg.rank, choose=fit.prepare)
+    run_calibrated(cfg, ctx, fit, rank=cfg.rank, before=fit.prepare)

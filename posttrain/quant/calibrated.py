@@ -16,11 +16,15 @@ from posttrain.errors import QuantError
 from posttrain.quant.options import CalibrationConfig, QuantExport, check_engine
 
 if TYPE_CHECKING:
+    import torch
+
     from posttrain.quant.blocks import Blocks
+    from posttrain.quant.calibration import Windows
     from posttrain.quant.closed_form import Grid
     from posttrain.quant.job import Job
     from posttrain.quant.scheme import Scheme
     from posttrain.quant.states import States
+    from posttrain.quant.store import Store
     from posttrain.quant.walk import Plan
 
 
@@ -137,7 +141,7 @@ def run_calibrated(
     fit: Callable[[Job, States], None],
     *,
     rank: int = 0,
-    choose: Callable[[Opened, Scheme, Any, Plan], Plan] | None = None,
+    before: Callable[[Opened, Scheme, Windows], None] | None = None,
 ) -> None:
     """Quantizes the blocks of a model with `fit` and commits a checkpoint that has been read back.
 
@@ -146,19 +150,31 @@ def run_calibrated(
         ctx: of the stage.
         fit: fills `job.fitted`; given the job and the states that the float block makes.
         rank: of every adapter; 0 = none.
-        choose: replaces the uniform plan, given (model, scheme, windows, uniform plan).
+        before: called with (model, scheme, calibration) while the model is still the float one.
     """
+    from posttrain.quant.walk import Walk
+
+    opened = open_model(cfg, ctx)
+    dtype, scheme, windows, plan, transposed = prepared(cfg, ctx, opened, rank)
+    if before is not None:
+        before(opened, scheme, windows)
+    store = Walk(opened.blocks, plan, windows, ctx.work, ctx.events, ctx.seed)(fit)
+    complete(cfg, ctx, opened, store, scheme, dtype, transposed)
+
+
+def prepared(
+    cfg: CalibratedConfig, ctx: StageContext, opened: Opened, rank: int = 0
+) -> tuple[torch.dtype, Scheme, Windows, Plan, frozenset[str]]:
+    """(type of the export, scheme, calibration, uniform plan, layers stored as [in, out]); the model is evaluated before it changes."""
     import torch
 
     from posttrain.eval.run import around
     from posttrain.quant.apply import round_dense
     from posttrain.quant.calibration import load_windows
-    from posttrain.quant.finish import finish
-    from posttrain.quant.walk import Plan, Walk
+    from posttrain.quant.walk import Plan
 
-    opened = open_model(cfg, ctx)
     loaded, blocks = opened.loaded, opened.blocks
-    dtype = getattr(torch, loaded.dtype if cfg.export.dtype == "auto" else cfg.export.dtype)
+    dtype: torch.dtype = getattr(torch, loaded.dtype if cfg.export.dtype == "auto" else cfg.export.dtype)
     scheme, grids, transposed = plan_layers(cfg, blocks, dtype)
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     windows = load_windows(ctx, loaded.tokenizer, cfg.calibration, longest)
@@ -167,18 +183,22 @@ def run_calibrated(
         round_dense(loaded.model, dtype, scheme)
     states = torch.float32 if dtype == torch.float32 else torch.bfloat16
     plan = Plan(grids, dict.fromkeys(grids, rank), dtype, states, cfg.calibration.batch, cfg.kl_windows, cfg.first_blocks)
-    if choose is not None:
-        plan = choose(opened, scheme, windows, plan)
-    walk = Walk(blocks, plan, windows, ctx.work, ctx.events, ctx.seed)
-    store = walk(fit)
+    return dtype, scheme, windows, plan, transposed
+
+
+def complete(
+    cfg: CalibratedConfig, ctx: StageContext, opened: Opened, store: Store, scheme: Scheme, dtype: torch.dtype, transposed: frozenset[str]
+) -> None:
+    """Exports what was fitted, with the report of every block and layer."""
+    from posttrain.quant.finish import finish
+
     rows = [row for report in store.reports for row in report["layers"]]
-    left = tuple(name for name in scheme.layers if name not in store)
-    scheme = replace(
-        scheme, layers={name: shape for name, shape in scheme.layers.items() if name in store}, dense=tuple(sorted({*scheme.dense, *left}))
-    )
+    layers = {name: shape for name, shape in scheme.layers.items() if name in store}
+    scheme = replace(scheme, layers=layers, dense=tuple(sorted({*scheme.dense, *scheme.layers} - set(layers))))
     ctx.summary["blocks"] = [{key: value for key, value in report.items() if key not in ("layers", "forms")} for report in store.reports]
-    dense = opened.weights.dense(set(store)) if blocks.streamed else None
-    finish(ctx, loaded, store, scheme, rows, dtype=dtype, export=cfg.export, transposed=transposed & set(store), dense=dense)
+    dense = opened.weights.dense(set(store)) if opened.blocks.streamed else None
+    held = transposed & set(store)
+    finish(ctx, opened.loaded, store, scheme, rows, dtype=dtype, export=cfg.export, transposed=held, dense=dense)
 
 
 def plan_layers(cfg: CalibratedConfig, blocks: Blocks, dtype: Any) -> tuple[Scheme, dict[str, Grid], frozenset[str]]:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from posttrain.quant.calibrated import Opened
     from posttrain.quant.calibration import Windows
     from posttrain.quant.scheme import Scheme
-    from posttrain.quant.walk import Plan
 
 
 class BlockFit:
@@ -36,12 +35,11 @@ class BlockFit:
         self.training = cfg.training()
         self.salience: Salience | None = None
 
-    def prepare(self, opened: Opened, scheme: Scheme, windows: Windows, plan: Plan) -> Plan:
+    def prepare(self, opened: Opened, scheme: Scheme, windows: Windows) -> None:
         """Measures the saliency, while the model is still the float one."""
         if self.cfg.saliency.kind != "off":
             self.salience = Salience(self.cfg.saliency, Path(self.ctx.work) / "saliency")
             self.salience.measure(opened.blocks, windows, set(scheme.layers), self.ctx.events)
-        return plan
 
     def __call__(self, job: Job, target: States) -> None:
         """Fills `job.fitted`."""
