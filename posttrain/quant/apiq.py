@@ -84,6 +84,8 @@ class ApiqConfig(CalibratedConfig):
     """Of the learning rates. Default: constant (the paper's), linear to 0 after `closed_form`."""
     augmented: bool | None = None
     """Also match what the float block makes of the quantized model's states. Default: true for `bw` (the paper's), false otherwise."""
+    bfloat16: bool | None = None
+    """Matrix products of the training in bfloat16. Default: where the model is on a GPU."""
     patience: Annotated[int, Field(ge=0)] = 2
     """Stop a block after so many passes without a better held-out error; 0 = never."""
     saliency: Saliency = Saliency()
@@ -140,6 +142,7 @@ class ApiqConfig(CalibratedConfig):
             schedule=self.schedule or ("linear" if polish else "constant"),
             patience=self.patience,
             shuffle=polish,
+            bfloat16=self.bfloat16,
         )
 
 

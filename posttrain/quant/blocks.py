@@ -71,13 +71,13 @@ class Blocks:
         """Hidden states [batch, length, d] that enter the first block, for tokens [batch, length]."""
         seen: list[Tensor] = []
         with self._recording(lambda index, hidden, args, kwargs: seen.append(hidden) if index == 0 else None):
-            self._trunk(ids)
+            self._trunk(ids.to(self.device))
         return seen[0]
 
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states after a block, [batch, length, d]."""
         call = self.calls(hidden.shape[0], hidden.shape[1])[index]
-        return _states(block(hidden, *call.args, **call.kwargs))
+        return _states(block(hidden.to(self.device), *call.args, **call.kwargs))
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Blocks:
         ids = torch.zeros(batch, length, dtype=torch.long, device=self.device)
 
         def enter(index: int, given: Tensor, args: Any, kwargs: Any) -> Tensor | None:
-            return hidden.to(given.dtype) if index == 0 else None
+            return hidden.to(given) if index == 0 else None
 
         with self._recording(enter):
             return self.model(input_ids=ids, use_cache=False).logits.float()

@@ -34,24 +34,21 @@ class Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
         """w [out, groups, g]; scale, zero [out, groups, 1]."""
-        level = torch.round(w / scale)
-        level = torch.minimum(torch.maximum(level, -zero), top - zero)
-        ctx.save_for_backward(w, scale, zero, level.to(torch.int16))
-        ctx.top = top
-        return level * scale
+        ratio = w / scale
+        level = ratio.round()
+        kept = torch.clamp(level, -zero, top - zero)
+        inside = level.eq_(kept)
+        for_scale = torch.addcmul(kept, ratio, inside, value=-1) if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(for_scale, inside.bool() if ctx.needs_input_grad[0] else None)
+        return kept.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Gradients for w and s."""
         (grad,) = grads
-        w, scale, zero, level = ctx.saved_tensors
-        ratio = w / scale
-        away = ratio - level
-        inside = (away.abs() <= 0.5) | ((level > -zero) & (level < ctx.top - zero))
-        for_w = grad * inside if ctx.needs_input_grad[0] else None
-        for_s = None
-        if ctx.needs_input_grad[1]:
-            for_s = (grad * (level - ratio * inside)).sum(-1, keepdim=True)
+        for_scale, inside = ctx.saved_tensors
+        for_w = None if inside is None else grad * inside
+        for_s = None if for_scale is None else (grad * for_scale).sum(-1, keepdim=True)
         return for_w, for_s, None, None
 
 

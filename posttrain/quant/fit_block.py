@@ -57,7 +57,7 @@ class BlockFit:
         job.facts["start_held"] = job.block_error(1)[0]
         before = None
         if self.training.augmented:
-            before = States(Path(self.ctx.work) / "states" / "augmented.bin", target.shape, target.dtype)
+            before = States(Path(self.ctx.work) / "states" / "augmented.bin", target.shape, target.dtype, target.device)
             with torch.no_grad():
                 for low, high in batches(0, len(target), job.batch):
                     before.write(low, job.blocks.run(job.index, job.plain, job.states[1].read(low, high)))

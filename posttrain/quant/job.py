@@ -37,7 +37,7 @@ def capture(
     groups = input_groups(layers, lambda: blocks.run(index, block, before.read(0, 1)))
     rows, length, _ = before.shape
     kept = {
-        layer.inner: States(folder / f"inputs-{number:02d}.bin", (rows, length, group[0].shape[1]), before.dtype)
+        layer.inner: States(folder / f"inputs-{number:02d}.bin", (rows, length, group[0].shape[1]), before.dtype, before.device)
         for number, group in enumerate(groups)
         for layer in group
     }
@@ -113,7 +113,7 @@ class Job:
         first = group[0]
         found = []
         for start, end in self.parts:
-            total = Moments.empty(first.shape[1])
+            total = Moments.empty(first.shape[1], first.weight.device)
             for low, high in batches(start, end, self.batch):
                 x = self._input(self.quantized, first, self.states[1].read(low, high))
                 y = self.inputs[first.inner].read(low, high)

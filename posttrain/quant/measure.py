@@ -121,6 +121,7 @@ def _errors(
     layer: Layer, train: Tensor, held: Tensor, kinds: Sequence[Kind], cost: float, tokens: int, dtype: torch.dtype
 ) -> dict[Kind, tuple[float, float]]:
     weight = layer.weight.float()
+    train, held = train.to(weight.device), held.to(weight.device)
     energy = float(((weight.double() @ held) * weight.double()).sum())
     found: dict[Kind, tuple[float, float]] = {}
     for grid in dict.fromkeys(Grid(kind.bits, kind.group_size, kind.symmetric, True, dtype) for kind in kinds):

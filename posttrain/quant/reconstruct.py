@@ -41,6 +41,7 @@ class Training:
         schedule: `constant` or `linear` (to 0).
         patience: stop after so many passes without a better held-out error; 0 = never.
         shuffle: rows in a new order each pass; else always in the same.
+        bfloat16: matrix products in bfloat16 (autocast), everything else in float32; None where the model is on a GPU.
     """
 
     train: tuple[str, ...]
@@ -52,6 +53,7 @@ class Training:
     schedule: str = "constant"
     patience: int = 2
     shuffle: bool = True
+    bfloat16: bool | None = None
 
 
 class Trainable(nn.Module):
@@ -138,7 +140,7 @@ def train_block(
             factor = (1 - step / steps if plan.schedule == "linear" else 1.0) * 0.5**skips
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            loss = _loss(job, layers, made, targets, order[low:high].tolist(), size)
+            loss = _loss(job, layers, made, targets, order[low:high].tolist(), size, plan)
             if penalty is not None:
                 loss = penalty(made, loss, step / steps)
             optimizer.zero_grad(set_to_none=True)
@@ -182,17 +184,27 @@ def _optimizer(plan: Training, made: dict[str, Trainable]) -> tuple[torch.optim.
 
 
 def _loss(
-    job: Job, layers: list[Layer], made: dict[str, Trainable], targets: tuple[States, States | None], rows: list[int], size: float
+    job: Job,
+    layers: list[Layer],
+    made: dict[str, Trainable],
+    targets: tuple[States, States | None],
+    rows: list[int],
+    size: float,
+    plan: Training,
 ) -> Tensor:
     hidden = torch.cat([job.states[1].read(row, row + 1) for row in rows])
-    with multiplied(layers, {name: one.product() for name, one in made.items()}):
-        out = job.blocks.run(job.index, job.quantized, hidden)
+    with multiplied(layers, {name: one.product() for name, one in made.items()}), _matmul(hidden.device, plan.bfloat16):
+        out = job.blocks.run(job.index, job.quantized, hidden).float()
     loss = out.new_zeros(())
     for target in targets:
         if target is not None:
             wanted = torch.cat([target.read(row, row + 1) for row in rows])
             loss = loss + (out - wanted).square().mean() / size
     return loss
+
+
+def _matmul(device: torch.device, wanted: bool | None) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda" if wanted is None else wanted)
 
 
 @torch.no_grad()

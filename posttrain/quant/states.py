@@ -21,10 +21,13 @@ class States:
         file: made with its full size where it is not there yet.
         shape: (rows, length, width).
         dtype: of the file; reads give float32.
+        device: where reads go.
     """
 
-    def __init__(self, file: Path, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> None:
-        self.file, self.shape, self.dtype = file, shape, dtype
+    def __init__(
+        self, file: Path, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        self.file, self.shape, self.dtype, self.device = file, shape, dtype, device
         self._row = shape[1] * shape[2] * dtype.itemsize
         if not file.is_file() or file.stat().st_size != shape[0] * self._row:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +45,7 @@ class States:
         self._advise(end, 2 * end - start, mmap.MADV_WILLNEED)
         found = self._all[start:end].to(torch.float32, copy=True)
         self._advise(start, end, mmap.MADV_DONTNEED)
-        return found
+        return found.to(self.device)
 
     def write(self, start: int, values: Tensor) -> None:
         """Stores rows from `start` on."""

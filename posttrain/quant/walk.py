@@ -194,7 +194,9 @@ class Walk:
 
     def _states(self, kind: str, index: int) -> States:
         rows, length = self.windows.ids.shape
-        return States(self.work / "states" / f"{kind}-{index:05d}.bin", (rows, length, self.width), self.plan.states_dtype)
+        return States(
+            self.work / "states" / f"{kind}-{index:05d}.bin", (rows, length, self.width), self.plan.states_dtype, self.blocks.device
+        )
 
     @torch.no_grad()
     def _advance(self, index: int, block: nn.Module, before: States, after: States) -> None:
