@@ -108,6 +108,8 @@ def _look(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("run", help="run name or folder", nargs="?" if verb == "ls" else None)
     if verb == "show":
         parser.add_argument("stage", nargs="?", help="stage name")
+    if verb == "verify":
+        parser.add_argument("--load", action="store_true", help="also load quantized checkpoints in transformers and vLLM (imports torch)")
     if verb == "prune":
         parser.add_argument("--dry-run", action="store_true", help="only say what would go")
         parser.add_argument("--work", action="store_true", help="also delete checkpoints of committed stages")

@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain.errors import ArtifactError, ConfigError
 from posttrain.models.check import check_folder
-from posttrain.models.load import EXPECTED, _default_device, _torch_dtype, checkpoint_dtype, fetch, load_tokenizer
+from posttrain.models.load import EXPECTED, _torch_dtype, checkpoint_dtype, default_device, fetch, load_tokenizer
 from posttrain.models.quiet import quiet
 from posttrain.models.source import resolve_model
 
@@ -96,7 +96,7 @@ def load_classifier(
 
     source = fetch(resolve_model(ref))
     check_folder(source.local)
-    where = device or _default_device()
+    where = device or default_device()
     with torch.random.fork_rng(devices=[]):
         model, report = _pretrained(str(source.local), _torch_dtype(dtype, checkpoint_dtype(source), where), source.where)
     if report["missing_keys"]:

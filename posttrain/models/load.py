@@ -77,7 +77,7 @@ def load_model(
     """
     named = resolve_model(ref)
     source = fetch(named, trust_remote_code)
-    where = device or _default_device()
+    where = device or default_device()
     options = {"attn": attn, "trust": trust_remote_code, "four_bit": where if four_bit else None}
     own = checkpoint_dtype(source)
     final = _torch_dtype(dtype, own, where)
@@ -296,7 +296,8 @@ def _torch_dtype(dtype: str, own: str, device: str) -> Any:
     return torch.float32 if device == "cpu" else getattr(torch, own)
 
 
-def _default_device() -> str:
+def default_device() -> str:
+    """This process' GPU where there is one, else `cpu`."""
     import os
 
     import torch

@@ -97,7 +97,7 @@ def open_model(cfg: CalibratedConfig, ctx: StageContext) -> Opened:
         QuantError: it is quantized already.
         ArtifactError: it cannot be loaded.
     """
-    from posttrain.models.load import LoadedModel, checkpoint_dtype, fetch, load_model, load_tokenizer
+    from posttrain.models.load import LoadedModel, checkpoint_dtype, default_device, fetch, load_model, load_tokenizer
     from posttrain.models.source import read_json, resolve_model
     from posttrain.quant.blocks import Blocks
     from posttrain.quant.scheme import check_experts
@@ -115,7 +115,7 @@ def open_model(cfg: CalibratedConfig, ctx: StageContext) -> Opened:
         from posttrain.quant.stream import StreamedBlocks, Weights, empty_model
 
         weights = Weights(source.local)
-        model = empty_model(source.local, weights, trust_remote_code=ctx.trust_remote_code)
+        model = empty_model(source.local, weights, device=default_device(), trust_remote_code=ctx.trust_remote_code)
         tokenizer = load_tokenizer(source, trust_remote_code=ctx.trust_remote_code)
         loaded = LoadedModel(model, tokenizer, named, named, "model", checkpoint_dtype(source))
         ctx.events.log("the model is read block by block")

@@ -24,6 +24,8 @@ from posttrain.quant.options import QuantExport
 from posttrain.quant.scheme import Scheme
 from posttrain.quant.verify import check_bytes
 
+PROBE = 4
+"""Positions and tokens whose logits the manifest records, for `posttrain verify --load`."""
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -123,6 +125,7 @@ def _reload(ctx: StageContext, loaded: LoadedModel, facts: dict[str, Any]) -> An
         ctx.events.log(f"transformers does not read {facts['format']} by itself; checked byte by byte")
         return loaded.model
     expected = probe_logits(loaded.model)
+    facts["probe"] = [[round(value, 5) for value in row] for row in expected[0, :PROBE, :PROBE].tolist()]
     if facts["format"] == "dequantized":
         return _reload_rounded(ctx, loaded, facts)
     loaded.model = None

@@ -58,7 +58,13 @@ def check(cfg: RtnConfig, folder: Path) -> None:
 
 
 @stage(
-    "quantize.rtn", config=RtnConfig, inputs={"model": model_port(kinds=("model", "adapter"))}, output="quantized", evals=True, check=check
+    "quantize.rtn",
+    version=2,
+    config=RtnConfig,
+    inputs={"model": model_port(kinds=("model", "adapter"))},
+    output="quantized",
+    evals=True,
+    check=check,
 )
 def run(cfg: RtnConfig, ctx: StageContext) -> None:
     """Quantizes the linear layers of a model and commits a checkpoint that has been read back."""

@@ -70,19 +70,20 @@ class StreamedBlocks(Blocks):
         prefix = self.name(index)
         try:
             for name, _ in list(block.named_parameters()):
-                put(block, name, nn.Parameter(self.weights.read(f"{prefix}.{name}").float(), requires_grad=False))
+                put(block, name, nn.Parameter(self.weights.read(f"{prefix}.{name}").to(self.device).float(), requires_grad=False))
             yield block
         finally:
             for name, value in list(block.named_parameters()):
                 put(block, name, nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False))
 
 
-def empty_model(folder: Path, weights: Weights, *, trust_remote_code: bool = False) -> Any:
+def empty_model(folder: Path, weights: Weights, *, device: str = "cpu", trust_remote_code: bool = False) -> Any:
     """The model of a folder with everything in place but its blocks.
 
     Args:
         folder: model folder.
         weights: of the folder.
+        device: where everything goes.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -117,7 +118,10 @@ def empty_model(folder: Path, weights: Weights, *, trust_remote_code: bool = Fal
                 raise ArtifactError(
                     f"{name} is {stored.dtype} {list(stored.shape)}, the model has {list(parameter.shape)}", where=str(folder)
                 )
-            put(model, name, nn.Parameter(stored.float(), requires_grad=False))
+            put(model, name, nn.Parameter(stored.to(device).float(), requires_grad=False))
+    for module in model.modules():
+        for name, table in module.named_buffers(recurse=False):
+            module._buffers[name] = table.to(device)
     model.tie_weights()
     return model.eval()
 

@@ -120,7 +120,7 @@ def damaged(folder: Path) -> list[str]:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """`posttrain verify RUN`: exit 4 if any committed byte has changed."""
+    """`posttrain verify RUN`: exit 4 if any committed byte has changed; with --load quantized checkpoints are loaded again."""
     run = find_run(args.run, args.runs)
     folders = [f for f in _stage_folders(run) if is_committed(f)]
     bad = [line for folder in folders for line in damaged(folder)]
@@ -128,6 +128,10 @@ def verify(args: argparse.Namespace) -> int:
         raise ArtifactError(f"{len(bad)} damaged file{'s' if len(bad) > 1 else ''}\n    " + "\n    ".join(bad), where=str(run.path),
                             fix="delete the damaged stage's folder and run the pipeline again")  # fmt: skip
     print(f"{len(folders)} stages, every committed file is as it was")
+    if args.load:
+        from posttrain.verbs.loaders import load_again
+
+        print("\n".join(load_again(folders)))
     return 0
 
 

@@ -26,7 +26,7 @@ def test_fit_on_a_gpu(way: str, tiny_model_dir: Path, tmp_path: Path, monkeypatc
     data = texts(tmp_path / "t.jsonl")
     errors = []
     for device in ("cuda:0", "cpu"):
-        monkeypatch.setattr("posttrain.models.load._default_device", lambda device=device: device)
+        monkeypatch.setattr("posttrain.models.load.default_device", lambda device=device: device)
         ctx = run_stage(name, tiny_model_dir, tmp_path / device / "out", data, **fields)
         assert ctx.summary.get("reload_max_diff", 0) <= ctx.summary.get("reload_limit", 0)
         errors.append(ctx.summary["blocks"][-1]["error_held"])

@@ -241,3 +241,33 @@ def test_refused_before_anything_is_fitted(model_dir: Path, data: Path, tmp_path
     for number, fields in enumerate(({}, {"stream": True})):
         with pytest.raises((QuantError, ArtifactError), match="quantized already|float weights"):
             run_stage("quantize.gptq", out, tmp_path / f"e{number}" / "out", data, **fields)
+
+
+def test_verify_loads_again(model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`posttrain verify RUN --load` after a run from the command line; a scale that changed with its hash is noticed by the logits."""
+    from safetensors.torch import load_file, save_file
+
+    from posttrain.cli import main
+    from posttrain.core.hashing import list_files
+    from posttrain.core.rundir import MANIFEST
+    from posttrain.verbs.loaders import load_again
+
+    runs = ["--runs", str(tmp_path / "runs")]
+    calibration = [f"calibration.{key}={value}" for key, value in (("tokens", 1024), ("held_out", 256), ("length", 64))]
+    command = ["quantize", "apiq", f"model={model_dir}", f"in.data={data}", "bits=3", "rank=2", "group_size=32", "epochs=0", *calibration]
+    assert main([*command, *runs]) == 0
+    run = next((tmp_path / "runs").iterdir())
+    capsys.readouterr()
+    assert main(["verify", run.name, "--load", *runs]) == 0
+    assert "gives the recorded logits" in capsys.readouterr().out
+    folder = next(f for f in (run / "stages").iterdir() if (f / MANIFEST).is_file())
+    file = folder / "out" / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight_scale"] *= 1.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    (folder / "out" / "base.json").write_text(json.dumps({"path": "base"}))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"] = list_files(folder / "out")
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="differ by"):
+        load_again([folder])
