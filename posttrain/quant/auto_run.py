@@ -16,6 +16,7 @@ from posttrain.quant.auto import AutoConfig, kinds_for
 from posttrain.quant.budget import Option, choose
 from posttrain.quant.calibrated import Opened, complete, open_model, prepared
 from posttrain.quant.closed_form import Grid
+from posttrain.quant.experts import stacks
 from posttrain.quant.export import Form
 from posttrain.quant.fit_block import BlockFit
 from posttrain.quant.formats.compressed_tensors import reader_layout
@@ -35,6 +36,12 @@ def run_auto(cfg: AutoConfig, ctx: StageContext) -> None:
     opened = open_model(cfg, ctx)
     dtype, scheme, windows, plan, transposed = prepared(cfg, ctx, opened)
     names = set(scheme.layers)
+    if stacks(dict.fromkeys(names)):
+        raise QuantError(
+            "quantize.auto does not choose for stacked experts",
+            where=f"stages.{ctx.name}.ignore",
+            fix="use quantize.apiq, or leave them dense: ignore: ['re:.*experts.*']",
+        )
     kinds = {name: kinds_for(cfg, shape[1]) for name, shape in scheme.layers.items()}
     table = _measured(cfg, ctx, opened, windows, names, kinds, dtype)
     weights = sum(out * columns for out, columns in scheme.layers.values())

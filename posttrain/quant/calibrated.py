@@ -87,7 +87,7 @@ def check(cfg: CalibratedConfig, folder: Path) -> None:
     """Refuses what can be told from the headers of the weight files."""
     from posttrain.quant.scheme import check_stored
 
-    check_stored(folder, None, cfg.ignore)
+    check_stored(folder, None, cfg.ignore, experts=cfg.export.format == "dequantized" or any("experts" in entry for entry in cfg.ignore))
 
 
 def open_model(cfg: CalibratedConfig, ctx: StageContext) -> Opened:
@@ -100,7 +100,6 @@ def open_model(cfg: CalibratedConfig, ctx: StageContext) -> Opened:
     from posttrain.models.load import LoadedModel, checkpoint_dtype, default_device, fetch, load_model, load_tokenizer
     from posttrain.models.source import read_json, resolve_model
     from posttrain.quant.blocks import Blocks
-    from posttrain.quant.scheme import check_experts
 
     named = resolve_model(ctx.ref("model"))
     source = fetch(named, ctx.trust_remote_code)
@@ -125,7 +124,6 @@ def open_model(cfg: CalibratedConfig, ctx: StageContext) -> Opened:
         raise QuantError(
             "the input is quantized already", where=f"stages.{ctx.name}.in.model", fix="give the float model that it was made from"
         )
-    check_experts([name for name, parameter in loaded.model.named_parameters() if parameter.ndim == 3])
     return Opened(loaded, Blocks(loaded.model))
 
 
@@ -194,11 +192,19 @@ def complete(
 
     rows = [row for report in store.reports for row in report["layers"]]
     layers = {name: shape for name, shape in scheme.layers.items() if name in store}
-    scheme = replace(scheme, layers=layers, dense=tuple(sorted({*scheme.dense, *scheme.layers} - set(layers))))
+    scheme = replace(scheme, layers=layers, dense=_dense({*scheme.dense, *scheme.layers} - set(layers)))
     ctx.summary["blocks"] = [{key: value for key, value in report.items() if key not in ("layers", "forms")} for report in store.reports]
     dense = opened.weights.dense(set(store)) if opened.blocks.streamed else None
     held = transposed & set(store)
     finish(ctx, opened.loaded, store, scheme, rows, dtype=dtype, export=cfg.export, transposed=held, dense=dense)
+
+
+def _dense(names: set[str]) -> tuple[str, ...]:
+    """Linear layers only: experts that stay dense are one tensor, which no config names."""
+    from posttrain.quant.experts import stacks
+
+    piled = {name for experts in stacks(dict.fromkeys(names)).values() for name in experts}
+    return tuple(sorted(names - piled))
 
 
 def plan_layers(cfg: CalibratedConfig, blocks: Blocks, dtype: Any) -> tuple[Scheme, dict[str, Grid], frozenset[str]]:
@@ -211,20 +217,37 @@ def plan_layers(cfg: CalibratedConfig, blocks: Blocks, dtype: Any) -> tuple[Sche
 
     from posttrain.quant.apply import output_name
     from posttrain.quant.closed_form import Grid
+    from posttrain.quant.experts import expert_layers
     from posttrain.quant.export import Form, check_forms
     from posttrain.quant.layers import linear_layers
     from posttrain.quant.scheme import own_groups, parallel_note, plan_scheme
 
     layers = linear_layers(blocks.model)
+    ignore = cfg.ignore
+    if any(parameter.ndim == 3 for parameter in blocks.model.parameters()):
+        try:
+            layers += expert_layers(blocks.model)
+        except QuantError:
+            ignore = [entry for entry in cfg.ignore if "experts" not in entry]
+            if ignore == cfg.ignore:
+                raise
     shapes = {layer.name: layer.shape for layer in layers}
     count = min(cfg.first_blocks or len(blocks), len(blocks))
     inside = tuple(f"{blocks.name(index)}." for index in range(count))
     outside = frozenset(name for name in shapes if not name.startswith(inside))
-    scheme = plan_scheme(shapes, group_size=None, ignore=cfg.ignore, output=output_name(blocks.model), outside=outside)
+    scheme = plan_scheme(shapes, group_size=None, ignore=ignore, output=output_name(blocks.model), outside=outside)
     groups, notes = own_groups(scheme.layers, cfg.group_size)
     grids = {name: Grid(cfg.bits, groups[name], cfg.is_symmetric, True, dtype) for name in scheme.layers}
     transposed = frozenset(layer.name for layer in layers if layer.transposed and layer.name in grids)
-    other = next((layer for layer in layers if layer.name in grids and type(layer.module) is not torch.nn.Linear), None)
+    plain = [layer for layer in layers if layer.name in grids and layer.expert is None]
+    other = next((layer for layer in plain if type(layer.module) is not torch.nn.Linear), None)
+    stacked = next((layer.name for layer in layers if layer.name in grids and layer.expert is not None), None)
+    if stacked is not None and cfg.export.format != "dequantized":
+        raise QuantError(
+            f"the experts of this mixture are stacked tensors (first {stacked}), which transformers does not read in packed form",
+            where="export.format",
+            fix="use export.format: dequantized, or leave them dense: ignore: ['re:.*experts.*']",
+        )
     if other is not None and cfg.export.format != "dequantized":
         raise QuantError(
             f"{other.name} is a {type(other.module).__name__}; engines read packed weights of plain linear layers only",

@@ -16,6 +16,7 @@ from posttrain.models.save import clean_json, save_generation_config, save_token
 from posttrain.models.shards import write_shards
 from posttrain.models.source import read_json
 from posttrain.quant.base import QTensor, dequantize
+from posttrain.quant.experts import stacks
 from posttrain.quant.formats import awq, compressed_tensors, gptq
 from posttrain.quant.formats.packing import Layout, word_count
 from posttrain.quant.scheme import Scheme, engines
@@ -84,7 +85,7 @@ def write_quantized(
     check_forms(forms, format)
     widths = {form.bits for form in forms.values()}
     layout = compressed_tensors.layout_of(widths) if format == "compressed-tensors" else "dense"
-    rest = dense_tensors(model, set(tensors)) if dense is None else dense
+    rest = dense_tensors(model, {*tensors, *stacks(tensors)}) if dense is None else dense
     out.mkdir(parents=True, exist_ok=True)
     written = write_shards(_tensors(tensors, rest, format, layout, dtype, transposed), out, max_shard_gb)
     model.config.save_pretrained(str(out))
@@ -170,6 +171,11 @@ def _tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in dense:
         yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if format == "dequantized":
+        piles = stacks(tensors)
+        for stem, experts in piles.items():
+            yield stem, torch.stack([dequantize(tensors[name]).to(dtype) for name in experts])
+        tensors = {name: tensors[name] for name in tensors if not any(name in experts for experts in piles.values())} if piles else tensors
     for name in tensors:
         q = tensors[name]
         if format == "dequantized":

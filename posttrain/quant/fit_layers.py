@@ -4,6 +4,7 @@ the inputs that the already quantized layers before it give, and judged on the h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,11 @@ from torch import Tensor
 from posttrain.core.hashing import digest_of
 from posttrain.quant.base import quantize_rtn
 from posttrain.quant.closed_form import Fitted, Grid, closed_form, gptq
+from posttrain.quant.experts import fit_experts
 from posttrain.quant.fake import Clip
 from posttrain.quant.grams import Moments
 from posttrain.quant.job import Job
+from posttrain.quant.layers import Layer
 from posttrain.quant.loftq import loftq
 
 Candidate = Callable[[Tensor, Moments, Moments, Grid, int, str], Fitted]
@@ -67,17 +70,23 @@ def fit_layers(job: Job, methods: Sequence[str], more: Mapping[str, Candidate] |
         more: further candidates.
     """
     known = {**CANDIDATES, **(more or {})}
+
+    def fit(layer: Layer, train: Moments, held: Moments, rank: int) -> None:
+        weight, grid = job.weights[layer.name], job.grids[layer.name]
+        tried: list[tuple[float, str, Fitted]] = []
+        for method in methods:
+            found = known[method](weight, train, held, grid, rank, layer.name)
+            tried.append((held.error(layer.name, weight, found.effective()), method, found))
+        error, method, found = min(tried, key=lambda item: item[0])
+        job.put(layer, found)
+        row: dict[str, Any] = {"method": method, "how": found.how, "error_held": error}
+        row["error_train"] = train.error(layer.name, weight, found.effective())
+        if len(tried) > 1:
+            row["tried"] = {name: value for value, name, _ in tried}
+        job.rows.setdefault(layer.name, {}).update(row)
+
     for group in job.groups():
         train, held = job.moments(group)
         for layer in group:
-            weight, grid = job.weights[layer.name], job.grids[layer.name]
-            tried: list[tuple[float, str, Fitted]] = []
-            for method in methods:
-                found = known[method](weight, train, held, grid, job.ranks[layer.name], layer.name)
-                tried.append((held.error(layer.name, weight, found.effective()), method, found))
-            error, method, found = min(tried, key=lambda item: item[0])
-            job.put(layer, found)
-            row = {"method": method, "how": found.how, "error_held": error}
-            job.rows[layer.name] = row | {"error_train": train.error(layer.name, weight, found.effective())}
-            if len(tried) > 1:
-                job.rows[layer.name]["tried"] = {name: value for value, name, _ in tried}
+            fit(layer, train, held, job.ranks[layer.name])
+    fit_experts(job, lambda layer, train, held: fit(layer, train, held, 0))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from posttrain.quant.blocks import Blocks
 from posttrain.quant.closed_form import Fitted, Grid
+from posttrain.quant.experts import Routed, check_formula
 from posttrain.quant.grams import Moments
 from posttrain.quant.layers import Enough, Layer, input_groups, watch
 from posttrain.quant.states import States, batches
@@ -20,7 +21,7 @@ from posttrain.quant.states import States, batches
 @torch.no_grad()
 def capture(
     blocks: Blocks, index: int, block: nn.Module, layers: list[Layer], states: tuple[States, States], folder: Path, batch: int
-) -> dict[str, States]:
+) -> tuple[dict[str, States], dict[str, Routed]]:
     """Runs the float block over all rows, and keeps beside its output what enters each group of its layers.
 
     Args:
@@ -31,9 +32,11 @@ def capture(
         batch: rows at a time.
 
     Returns:
-        inner name of every layer -> its inputs.
+        (inner name of every layer -> its inputs, inner name of every bank of experts -> what it was given).
     """
     before, after = states
+    experts = {layer.inner: layer.module for layer in layers if layer.expert is not None}
+    layers = [layer for layer in layers if layer.expert is None]
     groups = input_groups(layers, lambda: blocks.run(index, block, before.read(0, 1)))
     rows, length, _ = before.shape
     kept = {
@@ -46,10 +49,26 @@ def capture(
     def seen(layer: Layer, x: Tensor) -> None:
         kept[layer.inner].write(low, x.reshape(-1, length, x.shape[-1]))
 
+    routes: dict[str, list[Tensor]] = {name: [] for name in experts}
+
+    def given(name: str) -> Any:
+        def told(module: Any, args: Any) -> None:
+            if name not in kept:
+                check_formula(module, args[0])
+                file = folder / f"inputs-experts-{len(kept):02d}.bin"
+                kept[name] = States(file, (rows, length, args[0].shape[-1]), before.dtype, before.device)
+            kept[name].write(low, args[0].reshape(-1, length, args[0].shape[-1]))
+            routes[name].append(args[1].reshape(-1, args[1].shape[-1]).cpu())
+
+        return told
+
+    handles = [module.register_forward_pre_hook(given(name)) for name, module in experts.items()]
     with watch([group[0] for group in groups], seen):
         for low, high in batches(0, rows, batch):
             after.write(low, blocks.run(index, block, before.read(low, high)))
-    return kept
+    for handle in handles:
+        handle.remove()
+    return kept, {name: Routed(kept[name], torch.cat(found)) for name, found in routes.items()}
 
 
 @dataclass
@@ -67,6 +86,7 @@ class Job:
         ranks: layer name -> rank of its adapter.
         batch: rows at a time.
         inputs: inner name of a layer -> its inputs in the float block, kept while that block was run; `capture` makes them.
+        routed: inner name of a bank of experts -> what the float block gave it.
         weights: layer name -> float weight [out, in].
         fitted: layer name -> result, filled by the method.
         facts: what the method wants in the report of this block.
@@ -84,6 +104,7 @@ class Job:
     ranks: dict[str, int]
     batch: int
     inputs: dict[str, States] = field(default_factory=dict)
+    routed: dict[str, Routed] = field(default_factory=dict)
     seed: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)
     fitted: dict[str, Fitted] = field(default_factory=dict)
@@ -100,7 +121,8 @@ class Job:
 
     def groups(self) -> list[list[Layer]]:
         """Layers by shared input, in execution order."""
-        return input_groups(self.layers, lambda: self.blocks.run(self.index, self.quantized, self.states[1].read(0, 1)))
+        plain = [layer for layer in self.layers if layer.expert is None]
+        return input_groups(plain, lambda: self.blocks.run(self.index, self.quantized, self.states[1].read(0, 1)))
 
     def put(self, layer: Layer, found: Fitted) -> None:
         """Takes a result, and lets the copy compute with it."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,18 +23,23 @@ class Layer:
         inner: of the module in its block.
         module: that holds it.
         transposed: stored as [in, out].
+        attribute: parameter of the module.
+        expert: index in a parameter that stacks the experts of a mixture; None where the parameter is the weight.
     """
 
     name: str
     inner: str
     module: nn.Module
     transposed: bool = False
+    attribute: str = "weight"
+    expert: int | None = None
 
     @property
     def weight(self) -> Tensor:
         """[out, in], a view."""
-        weight: Any = self.module.weight
-        return weight.data.T if self.transposed else weight.data
+        stored: Tensor = getattr(self.module, self.attribute).data
+        weight = stored if self.expert is None else stored[self.expert]
+        return weight.T if self.transposed else weight
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,7 +53,7 @@ class Layer:
 
     def within(self, block: nn.Module) -> Layer:
         """The same layer in a copy of its block."""
-        return Layer(self.name, self.inner, block.get_submodule(self.inner), self.transposed)
+        return replace(self, module=block.get_submodule(self.inner))
 
 
 def linear_layers(module: nn.Module, prefix: str = "") -> list[Layer]:

@@ -121,7 +121,7 @@ def train_block(
         fresh: quantizers begin at the ranges of the float weights.
         penalty: on moving salient weights (quant/saliency.py), or None.
     """
-    layers = [layer for layer in job.layers if layer.name in job.fitted]
+    layers = [layer for layer in job.layers if layer.name in job.fitted and layer.expert is None]
     start = dict(job.fitted)
     made = {layer.name: Trainable(start[layer.name], job.weights[layer.name], fresh, plan.train, job.grids[layer.name]) for layer in layers}
     optimizer, rates = _optimizer(plan, made)

@@ -71,6 +71,8 @@ class Salience:
         """Layer name -> saliency [out, in] over its mean, and into the report: how unequal it is."""
         found: dict[str, Tensor] = {}
         for layer in job.layers:
+            if layer.expert is not None:
+                continue
             parts = []
             if self.cfg.kind in ("fisher", "both"):
                 stored = self._map(layer.name, (layer.shape[1], layer.shape[0]) if layer.transposed else layer.shape)

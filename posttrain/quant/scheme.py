@@ -115,13 +115,13 @@ def check_experts(names: list[str]) -> None:
     """
     if names:
         raise QuantError(
-            f"a mixture of experts cannot be quantized yet ({len(names)} tensors of experts, first {names[0]})",
+            f"experts of a mixture are stacked tensors, which transformers does not read in packed form ({len(names)}, first {names[0]})",
             where="in.model",
-            fix="give a dense model",
+            fix="use quantize.gptq or quantize.apiq, with export.format: dequantized or with ignore: ['re:.*experts.*']",
         )
 
 
-def check_stored(folder: Path, group_size: int | None, ignore: tuple[str, ...] | list[str] = ()) -> None:
+def check_stored(folder: Path, group_size: int | None, ignore: tuple[str, ...] | list[str] = (), *, experts: bool = False) -> None:
     """`check_groups` on a model folder, from the headers of its weight files alone.
 
     Only layers that are linear by their name are looked at; stacked experts are none.
@@ -133,7 +133,8 @@ def check_stored(folder: Path, group_size: int | None, ignore: tuple[str, ...] |
     from posttrain.models.check import read_header, weight_files
 
     entries = {name: entry["shape"] for file in weight_files(folder) for name, entry in read_header(file).items()}
-    check_experts([name for name in entries if ".experts." in name])
+    if not experts:
+        check_experts([name for name in entries if ".experts." in name])
     shapes = {
         name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in entries.items() if LINEAR.match(name) and len(shape) == 2
     }

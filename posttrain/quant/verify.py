@@ -39,7 +39,10 @@ def read_array(file: Path, entry: dict[str, Any]) -> np.ndarray:
 def read_layer(tensors: dict[str, tuple[Path, dict[str, Any]]], name: str, bits: int, format: str = "compressed-tensors") -> np.ndarray:
     """float32 [out, in] of one layer, from the bytes alone."""
     if format == "dequantized":
-        return read_array(*tensors[f"{name}.weight"]).astype(np.float32)
+        if f"{name}.weight" in tensors:
+            return read_array(*tensors[f"{name}.weight"]).astype(np.float32)
+        stack, _, expert = name.rpartition(".")
+        return read_array(*tensors[stack])[int(expert)].astype(np.float32)
     if format in ("gptq", "awq"):
         return _read_transposed(tensors, name, bits, format)
     out, columns = read_array(*tensors[f"{name}.weight_shape"]).tolist()
@@ -113,7 +116,8 @@ def check_bytes(
     tensors = read_tensors(folder)
     packed = format != "dequantized"
     for name in weights:
-        if f"{name}.{STORED[format]}" not in tensors or (packed and f"{name}.weight" in tensors):
+        there = f"{name}.{STORED[format]}" in tensors or (not packed and name.rpartition(".")[0] in tensors)
+        if not there or (packed and f"{name}.weight" in tensors):
             raise QuantError("the layer was not stored in quantized form", where=f"{folder}: {name}", fix=AGAIN)
         found = read_layer(tensors, name, bits if isinstance(bits, int) else bits[name], format)
         wanted = np.asarray(weights[name], dtype=np.float32)

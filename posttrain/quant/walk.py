@@ -22,8 +22,9 @@ from posttrain.errors import QuantError
 from posttrain.quant.blocks import Blocks
 from posttrain.quant.calibration import Windows
 from posttrain.quant.closed_form import Grid
+from posttrain.quant.experts import block_layers
 from posttrain.quant.job import Job, capture
-from posttrain.quant.layers import Layer, linear_layers
+from posttrain.quant.layers import Layer
 from posttrain.quant.states import States, batches
 from posttrain.quant.store import Store, rounded
 
@@ -102,12 +103,12 @@ class Walk:
         with self.blocks.open(index) as block:
             after = self._states("float", index + 1), self._states("quantized", index + 1)
             work = copy.deepcopy(block)
-            layers = [layer for layer in linear_layers(work, self.blocks.name(index)) if layer.name in self.plan.grids]
+            layers = [layer for layer in block_layers(work, self.blocks.name(index)) if layer.name in self.plan.grids]
             own = [layer.within(block) for layer in layers]
-            inputs = capture(self.blocks, index, block, own, (plain, after[0]), self.work / "states", self.plan.batch)
+            inputs, routed = capture(self.blocks, index, block, own, (plain, after[0]), self.work / "states", self.plan.batch)
             job = Job(
                 self.blocks, index, block, work, layers, (plain, quantized), self.windows.train, self.plan.grids, self.plan.ranks,
-                self.plan.batch, inputs, self.seed + index,
+                self.plan.batch, inputs, routed, self.seed + index,
             )  # fmt: skip
             if layers:
                 fit(job, after[0])
@@ -210,7 +211,7 @@ class Walk:
         self._give(index, self.blocks.modules[index])
 
     def _give(self, index: int, block: nn.Module) -> None:
-        for layer in linear_layers(block, self.blocks.name(index)):
+        for layer in block_layers(block, self.blocks.name(index)):
             if layer.name in self.store:
                 layer.set(self.store[layer.name].effective())
 

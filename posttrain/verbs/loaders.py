@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from posttrain.core.rundir import OUT, read_manifest
+from posttrain.core.artifact import OUT
+from posttrain.core.rundir import read_manifest
 from posttrain.errors import ArtifactError
 
 
