@@ -43,7 +43,8 @@ class AutoConfig(ApiqConfig):
 
     @model_validator(mode="after")
     def _budget(self) -> AutoConfig:
-        chosen = sorted({"bits", "group_size", "rank"} & self.model_fields_set)
+        fields = type(self).model_fields
+        chosen = [name for name in ("bits", "group_size", "rank") if getattr(self, name) != fields[name].default]
         if chosen:
             raise ValueError(f"quantize.auto chooses {', '.join(chosen)}; name what to choose from in widths, groups and ranks")
         if (self.bits_per_weight is None) == (self.mib is None):

@@ -57,7 +57,7 @@ def test_hull_is_convex_and_falling() -> None:
     [
         {},
         {"bits_per_weight": 3, "mib": 3},
-        {"bits_per_weight": 3, "bits": 2},
+        {"bits_per_weight": 3, "bits": 4},
         {"bits_per_weight": 3, "rank": 2},
         {"bits_per_weight": 3, "widths": [5]},
         {"bits_per_weight": 3, "export": {"format": "awq"}},
