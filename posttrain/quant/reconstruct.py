@@ -79,21 +79,28 @@ class Trainable(nn.Module):
                 self.quantizer.beta.requires_grad_(False)
         else:
             self.quantizer = Scaled(start.q, "scale" in train)
+        moves = any(parameter.requires_grad for parameter in self.quantizer.parameters())
+        self._still = None if moves else self.quantizer().detach()
         learn = "lora" in train
         self.a = None if start.a is None else nn.Parameter(start.a.clone(), requires_grad=learn)
         self.b = None if start.b is None else nn.Parameter(start.b.clone(), requires_grad=learn)
 
     def product(self) -> Callable[[Tensor], Tensor]:
         """x -> x (Q + B A)^T for the present state."""
-        weight = self.quantizer()
+        weight = self.codes()
         a, b = self.a, self.b
         if a is None or b is None:
             return lambda x: x @ weight.T
         return lambda x: x @ weight.T + (x @ a.T) @ b.T
 
+    def codes(self) -> Tensor:
+        """Q of the present state, [out, in], with gradients where it moves."""
+        weight: Tensor = self.quantizer() if self._still is None else self._still
+        return weight
+
     def effective(self) -> Tensor:
         """Q + B A of the present state, with gradients."""
-        weight: Tensor = self.quantizer()
+        weight = self.codes()
         return weight if self.a is None or self.b is None else weight + self.b @ self.a
 
     def fitted(self, how: str = "") -> Fitted:

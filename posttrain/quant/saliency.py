@@ -118,7 +118,7 @@ class Penalty:
 
     def _moved(self, name: str, one: Trainable) -> Tensor:
         weight = self.weights[name].float()
-        value = one.quantizer() if self.cfg.place == "before_adapter" else one.effective()
+        value = one.codes() if self.cfg.place == "before_adapter" else one.effective()
         return (self.saliency[name] * (value - weight).square()).mean() / weight.square().mean().clamp(min=1e-30)
 
 
