@@ -127,7 +127,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pairs = 2 if args.quick else 20
         parts = {"bw": block_wise(4 if args.quick else 8, 1 if args.quick else 2, pairs, Path(folder))}
-        parts["lw"] = layer_wise(1024 if args.quick else 8192, 20, pairs)
+        parts["lw"] = layer_wise(1024 if args.quick else 8192, 20, min(pairs, 6))
     for name, part in parts.items():
         print(f"{name}: {part['peer']:.2f} s and {part['ours']:.2f} s, ratio {part['ratio']:.2f}, losses {part['loss']}")
     finish("quant_fit", {**parts["lw"], "unit": "seconds a fit", "parts": parts}, args)

@@ -271,3 +271,37 @@ def test_verify_loads_again(model_dir: Path, data: Path, tmp_path: Path, capsys:
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="differ by"):
         load_again([folder])
+
+
+def test_the_tiny_chain_runs(tmp_path: Path) -> None:
+    """`configs/tiny/quantize.yaml`: the adapter over two bits is reinforced with rollouts from the quantized model, its base stays as it
+    was, and both are exported; the budget of the other is kept."""
+    from posttrain.cli import main
+
+    file = Path(__file__).resolve().parents[2] / "configs" / "tiny" / "quantize.yaml"
+    assert main(["run", str(file), "--runs", str(tmp_path), "--quiet"]) == 0
+    made, folders = {}, {}
+    for path in (tmp_path / "tiny-quantize" / "stages").glob("*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        made[manifest["name"]], folders[manifest["name"]] = manifest, path.parent / "out"
+    assert made["two"]["kind"] == "quantized" and made["two"]["summary"]["rank"] == 4
+    assert made["reinforced"]["summary"]["steps"] == 2
+    base, exported = (files(folders[name] / "base") for name in ("two", "exported"))
+    assert base == exported
+    assert made["budget"]["summary"]["total_bits_per_weight"] <= 5.0
+    assert made["two"]["summary"]["eval"]["after"]["tasks"]["loss"]["value"] < 5
+
+
+def test_a_loss_that_is_not_finite_falls_back_to_the_start(
+    model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Skipped steps halve the rates; after the fourth the block keeps its start, and the report says so."""
+    from posttrain.quant import reconstruct
+
+    start = run_stage("quantize.apiq", model_dir, tmp_path / "a" / "out", data, rank=4, epochs=0)
+    real = reconstruct._loss
+    monkeypatch.setattr(reconstruct, "_loss", lambda job, *args: real(job, *args) * (float("nan") if job.index == 1 else 1.0))
+    ctx = run_stage("quantize.apiq", model_dir, tmp_path / "b" / "out", data, rank=4, epochs=2)
+    first, second = ctx.summary["blocks"]
+    assert "fallback" not in first and first["steps"] > 0 and first["error_held"] < start.summary["blocks"][0]["error_held"]
+    assert second["skipped_steps"] == 4 and "not finite" in second["fallback"] and ctx.summary["reload_max_diff"] == 0

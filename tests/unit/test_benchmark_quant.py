@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark_kit import load
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+for _name in ("_harness", "_corpus", "_quant_authors"):
+    load(_name)
 
 
 def test_both_loops_end_with_the_same_loss(tmp_path: Path) -> None:
     """Block-wise and layer-wise, from the same start, step for step."""
-    import quant_fit
-
+    quant_fit = load("quant_fit")
     block = quant_fit.block_wise(2, 2, 1, tmp_path)
     assert block["steps"] == 4 and block["loss"]["ours"] == pytest.approx(block["loss"]["peer"], rel=1e-3)
     layer = quant_fit.layer_wise(512, 20, 1)
@@ -23,9 +23,10 @@ def test_both_loops_end_with_the_same_loss(tmp_path: Path) -> None:
 
 
 def test_kl_is_that_of_the_logits() -> None:
-    import _quant_real
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    load("repeat_effect"), load("noisefit_real")
+    _quant_real = load("_quant_real")
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
     one, two = (LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval() for _ in range(2))
