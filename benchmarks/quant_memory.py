@@ -79,7 +79,7 @@ def peak(folder: Path, way: str) -> float:
 def main() -> None:
     """Measures both ways."""
     args = arguments(__doc__ or "")
-    blocks, width, repeats = (6, 256, 1) if args.quick else (24, 768, 3)
+    blocks, width, repeats = (6, 256, 1) if args.quick else (24, 512, 3)
     found: dict[str, list[float]] = {"base": [], "streamed": [], "whole": [], "again": []}
     size = 0.0
     for _ in range(repeats):

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from posttrain.config.base import REPORT_ONLY, Positive
-from posttrain.config.common import StageConfig, StageEval
+from posttrain.config.common import StageEval
 from posttrain.core.context import StageContext
 from posttrain.errors import QuantError
-from posttrain.quant.options import CalibrationConfig, QuantExport, check_engine
+from posttrain.quant.options import CalibrationConfig, QuantConfig
 
 if TYPE_CHECKING:
     import torch
@@ -28,19 +28,12 @@ if TYPE_CHECKING:
     from posttrain.quant.walk import Plan
 
 
-class CalibratedConfig(StageConfig):
+class CalibratedConfig(QuantConfig):
     """Fields of every quantizer that looks at text."""
 
-    bits: Literal[2, 3, 4, 8] = 4
-    """Width of a code."""
     group_size: Annotated[int, Field(ge=-1)] = 64
     """Input columns that share a scale; -1 is one scale an output row. Where it does not divide a layer's inputs, that layer takes the
     next smaller power of two that does."""
-    symmetric: bool | None = None
-    """No zero points. Default: true at 4 and 8 bits (the widest choice of kernels), false at 2 and 3 (better weights)."""
-    ignore: list[str] = []
-    """Layers that stay dense: full names, last parts (`down_proj`), or `re:` and a regular expression; the output layer and embeddings
-    always do."""
     calibration: CalibrationConfig = CalibrationConfig()
     """Text that is fitted and text that judges."""
     first_blocks: Positive | None = None
@@ -50,22 +43,8 @@ class CalibratedConfig(StageConfig):
     memory."""
     kl_windows: Annotated[int, Field(ge=0), REPORT_ONLY] = 4
     """Held-out windows on which KL to the float model is measured after every block; 0 = none. Not while streaming."""
-    export: QuantExport = QuantExport()
-    """Checkpoint format and checks."""
     eval: StageEval = StageEval()
     """Evaluation around this stage; not while streaming."""
-
-    @model_validator(mode="after")
-    def _loadable(self) -> CalibratedConfig:
-        if self.group_size == 0:
-            raise ValueError("group_size: give -1 (one scale a row) or a positive number")
-        check_engine(self.bits, self.export, self.is_symmetric)
-        return self
-
-    @property
-    def is_symmetric(self) -> bool:
-        """`symmetric`, with the default for the width."""
-        return self.bits >= 4 if self.symmetric is None else self.symmetric
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import REPORT_ONLY, Positive, Strict
+from posttrain.config.common import StageConfig, StageEval
 
 
 class CalibrationConfig(Strict):
@@ -87,3 +88,33 @@ def check_engine(bits: int, export: QuantExport, symmetric: bool) -> None:
         raise ValueError(
             f"bits: {bits} has no CPU kernel in vLLM, which runs 4 bits only; use 4 bits, or `export.engine: vllm` (GPU) or `transformers`"
         )
+
+
+class QuantConfig(StageConfig):
+    """Fields of every quantizer."""
+
+    bits: Literal[2, 3, 4, 8] = 4
+    """Width of a code."""
+    group_size: Annotated[int, Field(ge=-1)] = 64
+    """Input columns that share a scale; -1 is one scale an output row."""
+    symmetric: bool | None = None
+    """No zero points. Default: true at 4 and 8 bits (the widest choice of kernels), false at 2 and 3 (better weights)."""
+    ignore: list[str] = []
+    """Layers that stay dense: full names, last parts (`down_proj`), or `re:` and a regular expression; the output layer and embeddings
+    always do."""
+    export: QuantExport = QuantExport()
+    """Checkpoint format and checks."""
+    eval: StageEval = StageEval()
+    """Evaluation around this stage."""
+
+    @model_validator(mode="after")
+    def _loadable(self) -> QuantConfig:
+        if self.group_size == 0:
+            raise ValueError("group_size: give -1 (one scale a row) or a positive number")
+        check_engine(self.bits, self.export, self.is_symmetric)
+        return self
+
+    @property
+    def is_symmetric(self) -> bool:
+        """`symmetric`, with the default for the width."""
+        return self.bits >= 4 if self.symmetric is None else self.symmetric

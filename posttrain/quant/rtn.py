@@ -7,47 +7,19 @@ most models. See `quant/base.py` for the maths. The export is read back and comp
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
-
-from posttrain.config.common import StageConfig, StageEval
 from posttrain.core.context import StageContext
 from posttrain.core.registry import model_port, stage
 from posttrain.errors import QuantError
-from posttrain.quant.options import QuantExport, check_engine
+from posttrain.quant.options import QuantConfig
 
 
-class RtnConfig(StageConfig):
-    """Round to nearest."""
+class RtnConfig(QuantConfig):
+    """Round to nearest. `group_size` must divide the input size of each layer."""
 
-    bits: Literal[2, 3, 4, 8] = 4
-    """Width of a code."""
-    group_size: Annotated[int, Field(ge=-1)] = 64
-    """Input columns that share a scale; must divide each layer's input size. -1 is one scale an output row."""
-    symmetric: bool | None = None
-    """No zero points. Default: true at 4 and 8 bits (the widest choice of kernels), false at 2 and 3 (better weights)."""
     mse: bool = True
     """Search the range of each group that minimises its squared error."""
-    ignore: list[str] = []
-    """Layers that stay dense: full names, last parts (`down_proj`), or `re:` and a regular expression; the output layer and embeddings
-    always do."""
-    export: QuantExport = QuantExport()
-    """Checkpoint format and checks."""
-    eval: StageEval = StageEval()
-    """Evaluation around this stage."""
-
-    @model_validator(mode="after")
-    def _loadable(self) -> RtnConfig:
-        if self.group_size == 0:
-            raise ValueError("group_size: give -1 (one scale a row) or a positive number")
-        check_engine(self.bits, self.export, self.is_symmetric)
-        return self
-
-    @property
-    def is_symmetric(self) -> bool:
-        """`symmetric`, with the default for the width."""
-        return self.bits >= 4 if self.symmetric is None else self.symmetric
 
 
 def check(cfg: RtnConfig, folder: Path) -> None:
