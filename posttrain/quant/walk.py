@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ class Walk:
                 + (f", KL {report['kl']:.3g}" if "kl" in report else "")
                 + f", {report['seconds']:.1f} s; {spent / (index + 1 - first) * (count - index - 1):.0f} s left"
             )
+        shutil.rmtree(self.work / "states", ignore_errors=True)
         return self.store
 
     def _block(self, index: int, plain: States, quantized: States, fit: Callable[[Job, States], None]) -> tuple[States, States]:
