@@ -1,6 +1,6 @@
 """Peak memory of quantizing and exporting a model block by block, against loading it whole.
 
-    python benchmarks/quant_memory.py            # two minutes
+    python benchmarks/quant_memory.py            # ten minutes
     python benchmarks/quant_memory.py --quick
 
 A Llama with random weights in bfloat16, its blocks the greater part, is quantized by `quantize.gptq` in a process of its own, streamed
@@ -78,8 +78,8 @@ def peak(folder: Path, way: str) -> float:
 
 def main() -> None:
     """Measures both ways."""
-    args = arguments(__doc__ or "")
-    blocks, width, repeats = (6, 256, 1) if args.quick else (24, 512, 3)
+    args = arguments(__doc__ or "", runs={"type": int, "default": 3, "help": "runs of each way"})
+    blocks, width, repeats = (6, 256, 1) if args.quick else (24, 512, args.runs)
     found: dict[str, list[float]] = {"base": [], "streamed": [], "whole": [], "again": []}
     size = 0.0
     for _ in range(repeats):
