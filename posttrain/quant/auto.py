@@ -17,7 +17,6 @@ from posttrain.core.context import StageContext
 from posttrain.core.registry import data_port, model_port, stage
 from posttrain.quant.apiq import ApiqConfig
 from posttrain.quant.calibrated import check
-from posttrain.quant.options import check_engine
 
 if TYPE_CHECKING:
     from posttrain.quant.measure import Kind
@@ -59,13 +58,11 @@ class AutoConfig(ApiqConfig):
             raise ValueError("stream: the sensitivities need the whole model in memory; use quantize.apiq")
         if self.against_uniform and not self.kl_windows:
             raise ValueError("against_uniform compares by KL; set kl_windows above 0")
-        for width in self.widths:
-            check_engine(width, self.export, self.symmetric_at(width))
         return self
 
-    def symmetric_at(self, bits: int) -> bool:
-        """`symmetric`, with the default for a width."""
-        return bits >= 4 if self.symmetric is None else self.symmetric
+    def possible_widths(self) -> list[int]:
+        """`widths`; `bits` is not used."""
+        return list(self.widths)
 
 
 @stage(

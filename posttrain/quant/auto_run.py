@@ -14,7 +14,7 @@ from posttrain.core.durable import write_json
 from posttrain.errors import QuantError
 from posttrain.quant.auto import AutoConfig, kinds_for
 from posttrain.quant.budget import Option, choose
-from posttrain.quant.calibrated import Opened, complete, open_model, prepared
+from posttrain.quant.calibrated import Opened, complete, need_whole, open_model, prepared
 from posttrain.quant.closed_form import Grid
 from posttrain.quant.experts import stacks
 from posttrain.quant.export import Form
@@ -34,6 +34,7 @@ def run_auto(cfg: AutoConfig, ctx: StageContext) -> None:
         QuantError: the smallest choice is larger than the budget.
     """
     opened = open_model(cfg, ctx)
+    need_whole(opened, "the sensitivity of the layers")
     dtype, scheme, windows, plan, transposed = prepared(cfg, ctx, opened)
     names = set(scheme.layers)
     if stacks(dict.fromkeys(names)):

@@ -106,6 +106,20 @@ def open_model(cfg: CalibratedConfig, ctx: StageContext) -> Opened:
     return Opened(loaded, Blocks(loaded.model))
 
 
+def need_whole(opened: Opened, what: str) -> None:
+    """Refuses a model that is read block by block.
+
+    Raises:
+        QuantError: says what needs all of it.
+    """
+    if opened.blocks.streamed:
+        raise QuantError(
+            f"the model is read block by block, since it is too large for the free memory, and {what} needs all of it",
+            where="stream",
+            fix="use a machine with more memory, set stream: false, or quantize with quantize.apiq without a Fisher",
+        )
+
+
 def _too_large(folder: Path) -> bool:
     from posttrain.quant.stream import too_large
 

@@ -37,6 +37,10 @@ class BlockFit:
 
     def prepare(self, opened: Opened, scheme: Scheme, windows: Windows) -> None:
         """Measures the saliency, while the model is still the float one."""
+        from posttrain.quant.calibrated import need_whole
+
+        if self.cfg.saliency.kind in ("fisher", "both"):
+            need_whole(opened, "the Fisher")
         if self.cfg.saliency.kind != "off":
             self.salience = Salience(self.cfg.saliency, Path(self.ctx.work) / "saliency")
             self.salience.measure(opened.blocks, windows, set(scheme.layers), self.ctx.events)

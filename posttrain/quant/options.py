@@ -111,10 +111,19 @@ class QuantConfig(StageConfig):
     def _loadable(self) -> QuantConfig:
         if self.group_size == 0:
             raise ValueError("group_size: give -1 (one scale a row) or a positive number")
-        check_engine(self.bits, self.export, self.is_symmetric)
+        for bits in self.possible_widths():
+            check_engine(bits, self.export, self.symmetric_at(bits))
         return self
+
+    def possible_widths(self) -> list[int]:
+        """Widths that a layer may get; each must suit the format and the engine."""
+        return [self.bits]
+
+    def symmetric_at(self, bits: int) -> bool:
+        """`symmetric`, with the default for a width."""
+        return bits >= 4 if self.symmetric is None else self.symmetric
 
     @property
     def is_symmetric(self) -> bool:
-        """`symmetric`, with the default for the width."""
-        return self.bits >= 4 if self.symmetric is None else self.symmetric
+        """`symmetric`, with the default for `bits`."""
+        return self.symmetric_at(self.bits)

@@ -72,6 +72,21 @@ def test_bad_budgets(fields: dict[str, object]) -> None:
         AutoConfig.model_validate({"name": "q", "method": "quantize.auto", **fields})
 
 
+def test_only_the_widths_to_choose_from_must_suit_the_engine() -> None:
+    fields = {"bits_per_weight": 4.5, "widths": [4], "export": {"engine": "vllm-cpu"}}
+    assert AutoConfig.model_validate({"name": "q", "method": "quantize.auto", **fields}).widths == [4]
+
+
+def test_a_model_too_large_for_memory_is_refused(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where blocks are streamed without being asked for: said before anything is measured."""
+    monkeypatch.setattr("posttrain.quant.calibrated._too_large", lambda folder: True)
+    data = texts(tmp_path / "t.jsonl")
+    with pytest.raises(QuantError, match="needs all of it"):
+        run_auto(tiny_model_dir, tmp_path / "a" / "out", data, bits_per_weight=5)
+    with pytest.raises(QuantError, match="the Fisher needs all of it"):
+        run_stage("quantize.apiq", tiny_model_dir, tmp_path / "b" / "out", data, fit="bw", epochs=1, saliency={"kind": "fisher"})
+
+
 def run_auto(model: Path, out: Path, data: Path, **fields: object) -> dict[str, object]:
     little = {"widths": [2, 3, 4], "groups": [32, 64], "ranks": [0, 2], "gradients": 4, "epochs": 0}
     return run_stage("quantize.auto", model, out, data, **{**little, **fields}).summary
